@@ -1,0 +1,287 @@
+"""Files of a run: written whole or not at all, checked when read, no pickle.
+
+A step's directory holds one safetensors file for each finished block, one for what lies outside
+the blocks when the step changed it, and `DONE`, which names the step's fingerprint and the sha256
+of every file. Nothing else tells that a step is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparsekit.errors import CheckpointError
+from sparsekit.quant import QuantizedWeight
+from sparsekit.state import LinearState
+
+
+@dataclass(slots=True)
+class BlockState:
+    """Everything one block holds: its linears, and its other tensors (norms, biases) by full name."""
+
+    linears: dict[str, LinearState]
+    params: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: temporary file, fsync, rename, fsync of the directory.
+
+    Raises:
+        CheckpointError: The disk is full or the directory cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        CheckpointError: The file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file whole and return its sha256."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(plain, {"format": "pt", **(metadata or {})})
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a bool mask into bits, uint8 [ceil(numel / 8)], lowest bit first."""
+    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Inverse of `pack_mask`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = ((bits.unsqueeze(1) >> shifts) & 1).bool().flatten()
+    return flat[: torch.Size(shape).numel()].view(shape)
+
+
+def block_tensors(block: BlockState, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Flatten a block for a safetensors file; values are stored in the model's `dtype`."""
+    tensors: dict[str, Tensor] = {f"param/{name}": value.to(dtype) for name, value in block.params.items()}
+    about: dict[str, Any] = {}
+    for name, state in block.linears.items():
+        about[name] = {"shape": list(state.source.shape), "notes": list(state.notes)}
+        if state.mask is not None:
+            tensors[f"mask/{name}"] = pack_mask(state.mask)
+        if state.quantized is None:
+            tensors[f"source/{name}"] = state.source.to(dtype)
+        else:
+            quantized = state.quantized
+            about[name]["quantized"] = {
+                "bits": quantized.bits, "group_size": quantized.group_size, "symmetric": quantized.symmetric,
+            }  # fmt: skip
+            for key in ("codes", "scale", "zero", "group_of"):
+                tensors[f"{key}/{name}"] = getattr(quantized, key)
+    return tensors, {"linears": json.dumps(about)}
+
+
+def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockState:
+    """Inverse of `block_tensors`.
+
+    Raises:
+        CheckpointError: A tensor is missing.
+    """
+    linears: dict[str, LinearState] = {}
+    try:
+        for name, about in json.loads(metadata["linears"]).items():
+            mask = tensors.get(f"mask/{name}")
+            quantized = None
+            if "quantized" in about:
+                quantized = QuantizedWeight(
+                    **{key: tensors[f"{key}/{name}"] for key in ("codes", "scale", "zero", "group_of")},
+                    **about["quantized"],
+                )
+            source = tensors[f"source/{name}"].float() if quantized is None else quantized.dequantize()
+            linears[name] = LinearState(
+                name=name,
+                source=source,
+                mask=None if mask is None else unpack_mask(mask, tuple(about["shape"])),
+                quantized=quantized,
+                notes=tuple(about["notes"]),
+            )
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"a block file lacks {error}") from error
+    params = {key.removeprefix("param/"): value for key, value in tensors.items() if key.startswith("param/")}
+    return BlockState(linears, params)
+
+
+class StepStore:
+    """The directory of one step."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.directory = directory
+        self.dtype = dtype
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """The step's record when it is finished, else None.
+
+        Raises:
+            CheckpointError: `DONE` is damaged.
+        """
+        path = self.directory / "DONE"
+        record: dict[str, Any] | None = read_json(path) if path.exists() else None
+        return record
+
+    def finished(self, fingerprint: str) -> dict[str, Any] | None:
+        """The step's record if it is finished under this fingerprint and every file is intact.
+
+        A file that does not match its digest is removed together with `DONE`, so that the step is
+        redone from there.
+        """
+        record = self.done
+        if record is None or record.get("fingerprint") != fingerprint:
+            return None
+        broken = [name for name, digest in record["files"].items() if not self._intact(name, digest)]
+        if not broken:
+            return record
+        (self.directory / "DONE").unlink()
+        for name in broken:
+            (self.directory / name).unlink(missing_ok=True)
+        return None
+
+    def _intact(self, name: str, digest: str) -> bool:
+        path = self.directory / name
+        return path.is_file() and sha256_file(path) == digest
+
+    def finish(self, fingerprint: str, result: Mapping[str, Any]) -> None:
+        """Mark the step finished."""
+        files = {
+            str(path.relative_to(self.directory)): sha256_file(path)
+            for path in sorted(self.directory.glob("*.safetensors"))
+        }
+        write_json(self.directory / "DONE", {"fingerprint": fingerprint, "result": result, "files": files})
+
+    def block_path(self, index: int) -> Path:
+        """File of one block."""
+        return self.directory / f"block-{index:04d}.safetensors"
+
+    def commit_block(self, index: int, block: BlockState) -> BlockState:
+        """Write a finished block; returns it as a later step will read it (values in `dtype`)."""
+        tensors, metadata = block_tensors(block, self.dtype)
+        digest = write_tensors(self.block_path(index), tensors, metadata)
+        write_text(self.block_path(index).with_suffix(".sha256"), digest + "\n")
+        return block_of_tensors(tensors, metadata)
+
+    def block(self, index: int) -> BlockState | None:
+        """A committed block, or None; one that fails its digest counts as absent and is removed."""
+        path = self.block_path(index)
+        digest = path.with_suffix(".sha256")
+        if not path.is_file() or not digest.is_file():
+            return None
+        if sha256_file(path) != digest.read_text().strip():
+            path.unlink()
+            return None
+        return block_of_tensors(*read_tensors(path))
+
+    def commit_rest(self, params: Mapping[str, Tensor]) -> None:
+        """Write the tensors outside the blocks (embeddings, final norm) that the step changed."""
+        write_tensors(self.directory / "rest.safetensors", {k: v.to(self.dtype) for k, v in params.items()})
+
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks that the step changed."""
+        path = self.directory / "rest.safetensors"
+        return read_tensors(path)[0] if path.exists() else {}
+
+
+class RunLock:
+    """Holds a run directory for one process; the second is refused by name."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ".lock"
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+")  # noqa: SIM115
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._path.parent}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise CheckpointError(f"{self._path.parent} is in use by another sparsekit process") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for path in _temporaries(directory):
+        path.unlink(missing_ok=True)
+
+
+def _temporaries(directory: Path) -> Iterator[Path]:
+    return directory.rglob(".*.tmp") if directory.is_dir() else iter(())

@@ -1,0 +1,170 @@
+"""Integer grids: the one definition of rounding, scales and zero-points.
+
+A grid belongs to a group of consecutive inputs of one row. A code q in 0..2^bits-1 stands for
+`(q - zero) * scale`; zero-points are integers and every range includes 0, so that a pruned
+weight is stored exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import MethodError
+
+MSE_NORM = 2.4  # exponent of the clip search, IST-DASLab/gptq quant.py and AutoGPTQ
+MSE_STEPS = 80  # shrink factors 1 - i/100 for i < 80, same source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Scale and zero-point of some groups.
+
+    Attributes:
+        scale: Positive step, already rounded to the stored precision (float16), kept as float32.
+        zero: Integer zero-point in 0..2^bits-1, float32 for arithmetic. Same shape as `scale`.
+        bits: 2 to 8.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    @classmethod
+    def fit(cls, weight: Tensor, bits: int, *, symmetric: bool = True, mse: bool = False) -> Grid:
+        """Choose the grid of each group.
+
+        Symmetric: scale = 2 max|w| / (2^bits - 1), zero = 2^(bits-1), that is levels -8..7 at
+        4 bits (AutoGPTQ's grid). The maximum is taken over |w| always; the reference mirrors only
+        rows that have a negative value, which clips one-sided groups to 7/15 of their range.
+        Asymmetric: the range is widened to hold 0, and the zero-point is an integer.
+
+        Args:
+            weight: [..., group], float32; one grid for each leading index.
+            mse: Search 80 shrunken ranges for the least sum of |error|^2.4 (GPTQ reference).
+        Returns:
+            Grid with `scale` and `zero` of shape [...].
+        """
+        low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        best = cls._of_range(low, high, bits, symmetric)
+        if not mse:
+            return best
+        loss = best._loss(weight)
+        for i in range(1, MSE_STEPS):
+            shrink = 1 - i / 100
+            trial = cls._of_range(low * shrink, high * shrink, bits, symmetric)
+            trial_loss = trial._loss(weight)
+            better = trial_loss < loss
+            loss = torch.where(better, trial_loss, loss)
+            best = replace(
+                best,
+                scale=torch.where(better, trial.scale, best.scale),
+                zero=torch.where(better, trial.zero, best.zero),
+            )
+        return best
+
+    @classmethod
+    def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+        """The grid that spans [low, high]; an empty range gets the step 1."""
+        levels = 2**bits - 1
+        step = (high - low) / levels
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        scale = store_scale(step)
+        if symmetric:
+            zero = torch.full_like(scale, float(2 ** (bits - 1)))
+        else:
+            zero = torch.round(-low / scale).clamp(0, levels)
+        return cls(scale, zero, bits)
+
+    def _loss(self, weight: Tensor) -> Tensor:
+        return (self.round(weight) - weight).abs().pow(MSE_NORM).sum(-1)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Nearest codes, float32 integers in 0..2^bits-1; `weight` is [..., group]."""
+        scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
+        return torch.round(weight / scale + zero).clamp(0, 2**self.bits - 1)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """The nearest values the grid can hold."""
+        return (self.encode(weight) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+
+
+def store_scale(step: Tensor) -> Tensor:
+    """Round a step to float16, the stored precision, without letting it vanish or overflow."""
+    half = torch.finfo(torch.float16)
+    return step.clamp(half.smallest_normal, half.max).half().float()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight as integers.
+
+    Attributes:
+        codes: uint8 [out, in], values 0..2^bits-1.
+        scale: float16 [out, groups].
+        zero: uint8 [out, groups].
+        group_of: int32 [in], the group each input belongs to.
+        bits: 2 to 8.
+        group_size: Inputs of a group; the row length when there is one group a row.
+        symmetric: All zero-points are 2^(bits-1).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group_of: Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @classmethod
+    def of(
+        cls,
+        codes: Tensor,
+        grids: Grid,
+        *,
+        group_size: int,
+        symmetric: bool,
+        group_of: Tensor | None = None,
+    ) -> QuantizedWeight:
+        """Assemble from float codes [out, in] and grids of shape [out, groups]."""
+        if group_of is None:
+            group_of = torch.arange(codes.shape[1], device=codes.device) // group_size
+        return cls(
+            codes=codes.to(torch.uint8),
+            scale=grids.scale.half(),
+            zero=grids.zero.to(torch.uint8),
+            group_of=group_of.to(torch.int32),
+            bits=grids.bits,
+            group_size=group_size,
+            symmetric=symmetric,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [out, in] the integers stand for; zeros are exactly +0.0."""
+        columns = self.group_of.long()
+        scale = self.scale.float()[:, columns]  # [out, in]
+        zero = self.zero.float()[:, columns]
+        return (self.codes.float() - zero) * scale
+
+
+def resolve_group_size(group_size: int, columns: int) -> int:
+    """Translate -1 (one group a row) and check that groups are whole.
+
+    Raises:
+        MethodError: `group_size` does not divide the row; the message lists sizes that do.
+    """
+    if group_size == -1:
+        return columns
+    if columns % group_size:
+        fitting = [size for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
+        raise MethodError(
+            f"group_size {group_size} does not divide the {columns} inputs of this layer; "
+            f"sizes that do: {', '.join(map(str, fitting)) or 'none of 8..256'}, or -1 for one group a row"
+        )
+    return group_size

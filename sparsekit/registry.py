@@ -1,0 +1,252 @@
+"""The registry: one door for built-in methods, plugin files and entry points.
+
+A method is a plain function. Its positional-only arguments are what the driver hands it; its
+keyword-only parameters, with their annotations and defaults, are its recipe schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.fields import FieldInfo
+
+from sparsekit.errors import PluginError, nearest
+from sparsekit.stats import Statistic
+
+Kind = Literal["prune", "train", "quantize"]
+Scope = Literal["linear", "group", "model"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENTRY_POINT_GROUP = "sparsekit.plugins"
+NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
+BUILT_IN = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq", "ast")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One pruner, trainer or quantizer.
+
+    Attributes:
+        name: What a recipe writes after `method:`.
+        kind: `prune` and `train` write weights and masks; `quantize` writes integers, and nothing
+            may write weights after it.
+        scope: What the function is called with: one linear, a group of linears, or the model.
+        stats: The statistic it reads, None when it needs no calibration.
+        function: The plain function.
+        parameters: pydantic model of its keyword-only parameters; unknown keys are errors.
+        origin: Where it was loaded from.
+        digest: sha256 of the file that defines it, part of every fingerprint.
+    """
+
+    name: str
+    kind: Kind
+    scope: Scope
+    stats: type[Statistic] | None
+    function: Callable[..., Any]
+    parameters: type[BaseModel]
+    origin: str
+    digest: str
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The `Source:` paragraph of the docstring: paper, equation."""
+        found = re.search(r"^Source:\s*(.+?)(?:\n\n|\n\w+:|\Z)", inspect.getdoc(self.function) or "", re.S | re.M)
+        return " ".join(found[1].split()) if found else ""
+
+    def accepts(self, annotation: Any) -> str | None:
+        """Name of the first parameter of that type, None if there is none."""
+        for name, info in self.parameters.model_fields.items():
+            if annotation in (info.annotation, *typing.get_args(info.annotation)):
+                return name
+        return None
+
+
+class Registry:
+    """Methods by name; loads what a name needs when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+        self._loaded: set[str] = set()
+
+    def register(self, method: Method) -> None:
+        """Add a method.
+
+        Raises:
+            PluginError: Another file has registered the name.
+        """
+        known = self._methods.get(method.name)
+        if known and known.origin != method.origin:
+            raise PluginError(f"method {method.name!r} of {method.origin} is already registered by {known.origin}")
+        if not known and method.name in BUILT_IN and not method.origin.startswith("sparsekit.methods."):
+            raise PluginError(f"method {method.name!r} of {method.origin} has the name of a built-in method")
+        self._methods[method.name] = method
+
+    def get(self, name: str) -> Method:
+        """Look a method up.
+
+        Raises:
+            PluginError: No such method; the message lists what exists and the nearest name.
+        """
+        if name in BUILT_IN:
+            self._load_module(f"sparsekit.methods.{name}")
+        else:
+            self.load_entry_points()
+        if name not in self._methods:
+            names = sorted({*BUILT_IN, *self._methods})
+            raise PluginError(f"no method {name!r}; there are {', '.join(names)}.{nearest(name, names)}")
+        return self._methods[name]
+
+    def names(self) -> list[str]:
+        """Every method that can be had now, built-ins first."""
+        self.load_entry_points()
+        return [*BUILT_IN, *sorted(set(self._methods) - set(BUILT_IN))]
+
+    def __iter__(self) -> Iterator[Method]:
+        return (self.get(name) for name in self.names())
+
+    def load_path(self, path: Path) -> None:
+        """Run a plugin file; its decorators register themselves.
+
+        Raises:
+            PluginError: The file is missing, fails, or registers nothing.
+        """
+        path = path.resolve()
+        if str(path) in self._loaded:
+            return
+        if not path.is_file():
+            raise PluginError(f"plugin {path} is not a file")
+        before = set(self._methods)
+        module_name = f"sparsekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise PluginError(f"plugin {path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except PluginError:
+            raise
+        except Exception as error:  # a plugin may fail in any way; its file is what to name
+            raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
+        if set(self._methods) == before:
+            raise PluginError(f"plugin {path} registers no method; decorate a function with @sparsekit.linear_method")
+        self._loaded.add(str(path))
+
+    def load_entry_points(self) -> None:
+        """Import what installed distributions offer in the group `sparsekit.plugins`."""
+        if os.environ.get(NO_PLUGINS) == "1":
+            return
+        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            if point.value not in self._loaded:
+                self._loaded.add(point.value)
+                try:
+                    point.load()
+                except PluginError:
+                    raise
+                except Exception as error:
+                    hint = f"{NO_PLUGINS}=1 starts without plugins"
+                    raise PluginError(f"plugin {point.name!r} ({point.value}) failed: {error}; {hint}") from error
+
+    def _load_module(self, module: str) -> None:
+        if module not in self._loaded:
+            importlib.import_module(module)
+            self._loaded.add(module)
+
+
+METHODS = Registry()
+
+
+def linear_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
+    """Register `f(layer: LinearState, [stats], /, *, params) -> LinearState`, called for every linear."""
+    return _decorator(name, kind, "linear", stats)
+
+
+def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
+    """Register `f(group: Group, [stats], /, *, params) -> Group`, called for every group, last group first."""
+    return _decorator(name, kind, "group", stats)
+
+
+def model_method(name: str, *, kind: Kind) -> Callable[[F], F]:
+    """Register `f(job: TrainJob, /, *, params) -> None`, called once with the whole model."""
+    return _decorator(name, kind, "model", None)
+
+
+def _decorator(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None) -> Callable[[F], F]:
+    def register(function: F) -> F:
+        METHODS.register(_method(name, kind, scope, stats, function))
+        return function
+
+    return register
+
+
+def _method(
+    name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]
+) -> Method:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise PluginError(f"method name {name!r} must be lower case letters, digits and _")
+    file = Path(inspect.getfile(function))
+    signature = inspect.signature(function)
+    given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    expected = 2 if stats is not None else 1
+    if len(given) != expected:
+        names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
+        raise PluginError(f"method {name!r} must take {names}: {expected} positional-only arguments, it has {len(given)}")
+    origin = function.__module__ if function.__module__.startswith("sparsekit.") else str(file)
+    return Method(
+        name=name,
+        kind=kind,
+        scope=scope,
+        stats=stats,
+        function=function,
+        parameters=_parameters(name, function, signature),
+        origin=origin,
+        digest=hashlib.sha256(file.read_bytes()).hexdigest(),
+    )
+
+
+def _parameters(name: str, function: Callable[..., Any], signature: inspect.Signature) -> type[BaseModel]:
+    """The recipe schema of a function: its keyword-only parameters."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    described = _described(inspect.getdoc(function) or "")
+    fields: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            continue
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            raise PluginError(f"method {name!r}: parameter {parameter.name!r} must be keyword-only (put it after *)")
+        if parameter.name not in hints:
+            raise PluginError(f"method {name!r}: parameter {parameter.name!r} has no type annotation")
+        default = ... if parameter.default is parameter.empty else parameter.default
+        info: FieldInfo = Field(default=default, description=described.get(parameter.name))
+        fields[parameter.name] = (hints[parameter.name], info)
+    config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+    model: type[BaseModel] = create_model(name, __config__=config, __doc__=function.__doc__, **fields)
+    return model
+
+
+def _described(doc: str) -> dict[str, str]:
+    """Parameter descriptions of a Google-style docstring."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, re.M)
+    found: dict[str, str] = {}
+    if section:
+        for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", section[1], re.M):
+            found[match[1]] = " ".join(match[2].split())
+    return found

@@ -1,0 +1,156 @@
+"""Calibration statistics: mergeable accumulators over tokens, one for each group of linears."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import NumericsError
+
+DAMP_LADDER = (1, 3, 10, 30, 100)  # multiples of the asked damping, tried in this order
+
+
+class Statistic(Protocol):
+    """What a method may ask to know about a group's input."""
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> Self:
+        """No tokens seen yet."""
+        ...
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens, [tokens, in] in any float dtype."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator saw; order matters up to rounding only."""
+        ...
+
+
+class InputNorm:
+    """Sum of squares of every input channel, over tokens."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.squares = torch.zeros(in_features, dtype=torch.float32, device=device)
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> Self:
+        """No tokens seen yet."""
+        return cls(in_features, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens [tokens, in]."""
+        self.squares += x.float().square().sum(0)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add another accumulator's sums."""
+        self.squares += other.squares.to(self.squares.device)
+        self.tokens += other.tokens
+
+    @property
+    def norm(self) -> Tensor:
+        """Root mean square of each channel, float32 [in]: ||x_j|| / sqrt(tokens)."""
+        return (self.squares / max(self.tokens, 1)).sqrt()
+
+
+class Gram:
+    """Sum of x xᵀ over tokens, and what is derived from it.
+
+    The raw sum is kept in float32 and divided once: the running mean of the public references
+    loses accuracy (llm-compressor PR 2333). bfloat16 and float16 products are exact in float32,
+    so on CUDA the operands stay in their own dtype.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._factors: dict[tuple[float, tuple[int, ...] | None], tuple[Tensor, float]] = {}
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> Self:
+        """No tokens seen yet."""
+        return cls(in_features, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens [tokens, in]."""
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            self.sum += torch.mm(x.t(), x, out_dtype=torch.float32)
+        else:
+            wide = x.float()
+            self.sum.addmm_(wide.t(), wide)
+        self.absolute += x.float().abs().sum(0)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add another accumulator's sums."""
+        self.sum += other.sum.to(self.sum.device)
+        self.absolute += other.absolute.to(self.sum.device)
+        self.tokens += other.tokens
+
+    @property
+    def matrix(self) -> Tensor:
+        """Mean of x xᵀ, float32 [in, in]."""
+        return self.sum / max(self.tokens, 1)
+
+    @property
+    def norm(self) -> Tensor:
+        """Root mean square of each channel, float32 [in]."""
+        return (self.sum.diagonal() / max(self.tokens, 1)).clamp(min=0).sqrt()
+
+    @property
+    def abs_mean(self) -> Tensor:
+        """Mean of |x| of each channel, float32 [in]."""
+        return self.absolute / max(self.tokens, 1)
+
+    @property
+    def dead(self) -> Tensor:
+        """Channels that were zero on every token, bool [in]."""
+        return self.sum.diagonal() == 0
+
+    def inverse_factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+        """Upper Cholesky factor U of the inverse of the damped Gram matrix, (H + damp·mean(diag H)·I)⁻¹ = UᵀU.
+
+        Computed in float64 without forming the inverse: with P the reversal of rows and columns,
+        U = P · inv(chol(P H P)) · P. Shared by the linears of a group, so it is computed once.
+
+        Args:
+            damp: Ridge as a fraction of the mean diagonal (unitless, >= 0).
+            order: A permutation of the inputs, int64 [in]; the factor is that of H[order, order].
+        Returns:
+            U, float32 [in, in], and the damping that was needed: the asked one, or the first of
+            the ladder 3x, 10x, 30x, 100x that makes the matrix positive definite.
+        Raises:
+            NumericsError: Activations are not finite, or no rung of the ladder factors.
+        Source: Frantar et al. 2022, arXiv:2210.17323, Alg. 1; dead channels get a unit diagonal as
+            in IST-DASLab/gptq.
+        """
+        key = (damp, None if order is None else tuple(order.tolist()))
+        if key not in self._factors:
+            self._factors[key] = self._factor(damp, order)
+        return self._factors[key]
+
+    def _factor(self, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
+        if self.tokens == 0:
+            raise NumericsError("no calibration token reached this layer")
+        if not torch.isfinite(self.sum).all():
+            raise NumericsError("calibration activations are not finite (inf or NaN in the Gram matrix)")
+        matrix = self.matrix.double()
+        mean = matrix.diagonal().mean()
+        matrix.diagonal()[self.dead] = 1.0
+        if order is not None:
+            matrix = matrix[order][:, order]
+        for rung in DAMP_LADDER:
+            # an undamped singular matrix still needs a rung to climb
+            used = damp if rung == 1 else max(damp, 1e-4) * rung
+            ridge = torch.full_like(matrix.diagonal(), float(used * mean)).diag_embed()
+            lower, failed = torch.linalg.cholesky_ex((matrix + ridge).flip(0, 1))
+            if int(failed) == 0:
+                eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+                inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+                return inverse.flip(0, 1).float().contiguous(), float(used)
+        raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
