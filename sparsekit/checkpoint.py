@@ -216,7 +216,7 @@ class StepStore:
         """Mark the step finished."""
         files = {
             str(path.relative_to(self.directory)): sha256_file(path)
-            for path in sorted(self.directory.glob("*.safetensors"))
+            for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("block-*.json")])
         }
         write_json(self.directory / "DONE", {"fingerprint": fingerprint, "result": result, "files": files})
 
@@ -224,23 +224,31 @@ class StepStore:
         """File of one block."""
         return self.directory / f"block-{index:04d}.safetensors"
 
-    def commit_block(self, index: int, block: BlockState) -> BlockState:
-        """Write a finished block; returns it as a later step will read it (values in `dtype`)."""
+    def commit_block(self, index: int, block: BlockState, layers: list[dict[str, Any]]) -> BlockState:
+        """Write a finished block and what is to be reported of its layers.
+
+        Returns the block as a later step will read it (values in `dtype`).
+        """
         tensors, metadata = block_tensors(block, self.dtype)
         digest = write_tensors(self.block_path(index), tensors, metadata)
-        write_text(self.block_path(index).with_suffix(".sha256"), digest + "\n")
+        write_json(self.block_path(index).with_suffix(".json"), {"sha256": digest, "layers": layers})
         return block_of_tensors(tensors, metadata)
 
     def block(self, index: int) -> BlockState | None:
         """A committed block, or None; one that fails its digest counts as absent and is removed."""
         path = self.block_path(index)
-        digest = path.with_suffix(".sha256")
-        if not path.is_file() or not digest.is_file():
+        about = path.with_suffix(".json")
+        if not path.is_file() or not about.is_file():
             return None
-        if sha256_file(path) != digest.read_text().strip():
+        if sha256_file(path) != read_json(about)["sha256"]:
             path.unlink()
             return None
         return block_of_tensors(*read_tensors(path))
+
+    def layers(self, index: int) -> list[dict[str, Any]]:
+        """What was reported of a committed block's layers."""
+        layers: list[dict[str, Any]] = read_json(self.block_path(index).with_suffix(".json"))["layers"]
+        return layers
 
     def commit_rest(self, params: Mapping[str, Tensor]) -> None:
         """Write the tensors outside the blocks (embeddings, final norm) that the step changed."""

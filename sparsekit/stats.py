@@ -13,7 +13,13 @@ DAMP_LADDER = (1, 3, 10, 30, 100)  # multiples of the asked damping, tried in th
 
 
 class Statistic(Protocol):
-    """What a method may ask to know about a group's input."""
+    """What a method may ask to know about a group's input.
+
+    Attributes:
+        tokens: How many tokens were added; 0 tells the driver that none reached the group.
+    """
+
+    tokens: int
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:

@@ -1,0 +1,230 @@
+"""The block-sequential driver: calibrate, compress, verify, commit and replay one block after another.
+
+The device holds one block, its statistics and a micro-batch. A committed block is loaded and
+replayed forward-only, so a killed walk continues where it stopped, bit-identically on CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from sparsekit.activations import Activations
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.errors import MethodError
+from sparsekit.groups import Producer
+from sparsekit.model import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.quant import QuantizedWeight
+from sparsekit.registry import Method
+from sparsekit.state import Group, LinearState
+from sparsekit.stats import Statistic
+from sparsekit.verify import LayerRecord, verified
+
+HOST = torch.device("cpu")
+UNREACHED = "no calibration token reached it; its inputs were taken as uncorrelated"
+
+
+@dataclass(slots=True)
+class Walk:
+    """One step of scope linear or group, over all blocks.
+
+    Attributes:
+        view: The model; its blocks are empty before and after.
+        method: What to apply, with its validated `params`.
+        selected: Full names of the linears the step is meant for.
+        patterns: The pattern each linear must hold after the step.
+        before: State of a block before the step.
+        store: Where finished blocks are committed.
+        tokens: Calibration windows [samples, seq_len], None for a method without statistics.
+        schedule: "block": all statistics come from the block as it was. "group": each group sees
+            its predecessors already compressed (GPTQ's true-sequential order).
+        progress: Called with (blocks done, blocks in all).
+    """
+
+    view: ModelView
+    method: Method
+    params: BaseModel
+    selected: frozenset[str]
+    patterns: Mapping[str, Pattern]
+    before: Callable[[int], BlockState]
+    store: StepStore
+    tokens: Tensor | None
+    schedule: str
+    progress: Callable[[int, int], None]
+    _records: list[LayerRecord] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Walk all blocks; blocks committed earlier are only replayed.
+
+        Raises:
+            MethodError: A method failed on a layer, which the message names.
+            PatternError: A layer does not hold the pattern it promised.
+        """
+        total = len(self.view.blocks)
+        stream = None
+        if self.method.stats is not None:
+            if self.tokens is None:
+                raise MethodError(f"{self.method.name} needs calibration data")
+            stream = Activations.begin(self.view, self.tokens)
+        for index in range(total):
+            after = self.store.block(index)
+            if after is None:
+                self._records.clear()
+                block = self._compressed(index, self.before(index), stream)
+                after = self.store.commit_block(index, block, [record.as_dict() for record in self._records])
+            if stream is not None and index + 1 < total:
+                with resident(self.view, index, after):
+                    stream.advance(index)
+            self.progress(index + 1, total)
+
+    def _compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
+        names = [name for name in block.linears if name in self.selected]
+        if not names:
+            return block
+        if stream is None:
+            return self._each(block, names, None)
+        with resident(self.view, index, block):
+            groups = self.view.groups(index, *stream.sample(index))
+            if self.method.scope == "group":
+                return self._groups_backwards(index, block, groups, stream)
+            if self.schedule == "group":
+                return self._groups_in_order(index, block, groups, stream)
+            statistics = stream.collect(index, groups, self._kind)
+        for group, statistic in zip(groups, statistics, strict=True):
+            block = self._each(block, [name for name in group if name in self.selected], statistic)
+        return block
+
+    @property
+    def _kind(self) -> type[Statistic]:
+        assert self.method.stats is not None  # only called with calibration
+        return self.method.stats
+
+    def _groups_in_order(
+        self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
+    ) -> BlockState:
+        for group in groups:
+            chosen = [name for name in group if name in self.selected]
+            if chosen:
+                (statistic,) = stream.collect(index, [group], self._kind)
+                block = self._each(block, chosen, statistic)
+                self.view.materialise(index, block)
+        return block
+
+    def _groups_backwards(
+        self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
+    ) -> BlockState:
+        """Last group first, so that a scale always folds into a producer that is not quantized yet."""
+        producers = self.view.producers(index, groups, *stream.sample(index))
+        statistics = stream.collect(index, groups, self._kind)
+        for names, producer, statistic in reversed(list(zip(groups, producers, statistics, strict=True))):
+            chosen = [name for name in names if name in self.selected]
+            if chosen:
+                block = self._group(block, names, chosen, producer, statistic)
+        return block
+
+    def _each(self, block: BlockState, names: Sequence[str], statistic: Statistic | None) -> BlockState:
+        """Apply a linear-scope method to the named linears of a block."""
+        linears = dict(block.linears)
+        for name in names:
+            given = _on(linears[name], self.view.device)
+            start = time.perf_counter()
+            with _naming(name):
+                result = self._called(given, statistic)
+            linears[name] = self._proved(given, result, statistic, None, start)
+        return BlockState(linears, block.params)
+
+    def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
+        arguments = {name: getattr(self.params, name) for name in type(self.params).model_fields}
+        if statistic is None:
+            return self.method.function(given, **arguments)
+        if statistic.tokens == 0:  # an expert the router never chose
+            width = next(iter(given.linears.values())) if isinstance(given, Group) else given
+            statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
+            given = _noted(given, UNREACHED)
+        return self.method.function(given, statistic, **arguments)
+
+    def _group(
+        self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
+    ) -> BlockState:
+        """Apply a group-scope method, and fold the input scale it asks for into the producer."""
+        given = {name: _on(block.linears[name], self.view.device) for name in chosen}
+        why = producer if isinstance(producer, str) else ""
+        if len(chosen) < len(names):
+            why = f"{', '.join(sorted(set(names) - set(chosen)))} shares its input and is not part of the step"
+        group = Group(given, why=why)
+        if not why and isinstance(producer, Producer):
+            group = replace(group, tie=producer.tie, untie=producer.untie)
+        start = time.perf_counter()
+        with _naming(", ".join(chosen)):
+            result: Group = self._called(group, stat)
+        linears = {
+            name: self._proved(given[name], state, stat, result.input_scale, start)
+            for name, state in result.linears.items()
+        }
+        block = BlockState({**block.linears, **linears}, block.params)
+        if result.input_scale is not None and isinstance(producer, Producer):
+            block = producer.fold(block, result.input_scale.to(HOST))
+        return block
+
+    def _proved(
+        self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, start: float
+    ) -> LinearState:
+        """Verify one result, keep its record, and bring it to the host."""
+        record = verified(
+            before,
+            after,
+            kind=self.method.kind,
+            pattern=self.patterns.get(before.name),
+            statistic=stat,
+            input_scale=scale,
+            seconds=time.perf_counter() - start,
+        )
+        self._records.append(record)
+        return _on(after, HOST)
+
+
+@contextmanager
+def resident(view: ModelView, index: int, block: BlockState) -> Iterator[None]:
+    """Hold one block on the device."""
+    view.materialise(index, block)
+    try:
+        yield
+    finally:
+        view.release(index)
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Give an error of a method, which knows no names, the layer's name."""
+    try:
+        yield
+    except MethodError as error:
+        if error.layer is None:
+            raise type(error)(str(error), layer=layer) from error
+        raise
+
+
+def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
+    if isinstance(given, Group):
+        return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
+    return given.noted(note)
+
+
+def _on(state: LinearState, device: torch.device) -> LinearState:
+    """The state with its tensors on a device."""
+    quantized = state.quantized
+    if quantized is not None:
+        tensors = {key: getattr(quantized, key).to(device) for key in ("codes", "scale", "zero", "group_of")}
+        quantized = QuantizedWeight(
+            **tensors, bits=quantized.bits, group_size=quantized.group_size, symmetric=quantized.symmetric
+        )
+    mask = None if state.mask is None else state.mask.to(device)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized)
