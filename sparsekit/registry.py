@@ -66,6 +66,12 @@ class Method:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
+    def text(self) -> str:
+        """The docstring without its `Args:` section, which the parameter table shows."""
+        doc = inspect.getdoc(self.function) or ""
+        return re.sub(r"^Args:\n(?:[ \t]+.*\n?|\n)+", "", doc, flags=re.M).strip()
+
+    @property
     def source(self) -> str:
         """The `Source:` paragraph of the docstring: paper, equation."""
         found = re.search(r"^Source:\s*(.+?)(?:\n\n|\n\w+:|\Z)", inspect.getdoc(self.function) or "", re.S | re.M)

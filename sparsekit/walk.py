@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
 from sparsekit.activations import Activations
@@ -38,7 +37,7 @@ class Walk:
 
     Attributes:
         view: The model; its blocks are empty before and after.
-        method: What to apply, with its validated `params`.
+        method: What to apply, with the arguments in `arguments`.
         selected: Full names of the linears the step is meant for.
         patterns: The pattern each linear must hold after the step.
         before: State of a block before the step.
@@ -51,7 +50,7 @@ class Walk:
 
     view: ModelView
     method: Method
-    params: BaseModel
+    arguments: Mapping[str, Any]
     selected: frozenset[str]
     patterns: Mapping[str, Pattern]
     before: Callable[[int], BlockState]
@@ -142,14 +141,13 @@ class Walk:
         return BlockState(linears, block.params)
 
     def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
-        arguments = {name: getattr(self.params, name) for name in type(self.params).model_fields}
         if statistic is None:
-            return self.method.function(given, **arguments)
+            return self.method.function(given, **self.arguments)
         if statistic.tokens == 0:  # an expert the router never chose
             width = next(iter(given.linears.values())) if isinstance(given, Group) else given
             statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
             given = _noted(given, UNREACHED)
-        return self.method.function(given, statistic, **arguments)
+        return self.method.function(given, statistic, **self.arguments)
 
     def _group(
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic

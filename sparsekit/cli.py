@@ -1,0 +1,116 @@
+"""The command line. No logic lives here, and torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsekit import __version__
+from sparsekit.errors import SparsekitError
+
+
+def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a named error as one message and its exit code; a traceback only with -v."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SparsekitError as error:
+            if click.get_current_context().find_root().params.get("verbose"):
+                raise
+            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(str(error), err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; what was finished is kept, run the same command to continue", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sparsekit")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+def main(verbose: bool) -> None:
+    """Make a causal language model smaller, and know what it cost.
+
+    A recipe names a model, texts, and the steps to apply: pruners, sparse training and quantizers.
+    """
+    if not verbose:
+        _quiet()
+
+
+def _quiet() -> None:
+    """Silence the libraries' progress bars and advice; sparsekit's own messages stay."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+_recipe = click.argument("recipe", type=click.Path(path_type=Path))
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, as in --set steps.1.bits=3."
+)
+_plugin = click.option(
+    "--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), help="Load a plugin file; may be repeated."
+)
+
+
+@main.command()
+@_recipe
+@_set
+@_plugin
+@click.option("--dry-run", is_flag=True, help="Check the recipe against the model, print the plan and stop.")
+@_named_errors
+def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], dry_run: bool) -> None:
+    """Run RECIPE, or continue it where it stopped."""
+    from rich.console import Console
+
+    from sparsekit.console import Terminal
+    from sparsekit.recipe import read_recipe
+    from sparsekit.run import Run
+
+    read = read_recipe(recipe, overrides, plugins=plugins)
+    prepared = Run.open(read, Terminal(Console()))
+    if not dry_run:
+        prepared.execute()
+
+
+@main.command()
+@click.argument("name", required=False)
+@_plugin
+@_named_errors
+def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
+    """List the methods, or show one with its parameters."""
+    from rich.console import Console
+
+    from sparsekit.console import method_page, methods_table
+    from sparsekit.registry import METHODS
+
+    for path in plugins:
+        METHODS.load_path(path)
+    console = Console()
+    console.print(method_page(METHODS.get(name)) if name else methods_table(METHODS), highlight=False)
+
+
+@main.command()
+@_plugin
+@_named_errors
+def schema(plugins: tuple[Path, ...]) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    import json
+
+    from sparsekit.recipe import recipe_schema
+    from sparsekit.registry import METHODS
+
+    for path in plugins:
+        METHODS.load_path(path)
+    click.echo(json.dumps(recipe_schema(), indent=2))

@@ -1,0 +1,165 @@
+"""What the terminal shows of a run: a short plan, one bar for each step, one line of result, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sparsekit.model import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.plan import Plan
+from sparsekit.recipe import Recipe
+from sparsekit.registry import Method
+
+
+class Terminal:
+    """A `sparsekit.run.Listener` that writes to a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
+        """Print the plan."""
+        say = self._console.print
+        coverage = plan.coverage
+        precision = str(view.dtype).removeprefix("torch.")
+        computed = str(view.compute_dtype).removeprefix("torch.")
+        say(f"[bold]{recipe.name}[/bold]  seed {recipe.seed}  in {recipe.output_directory()}", highlight=False)
+        say(
+            f"  model     {recipe.model.path}: {coverage.total:,} parameters, {len(view.blocks)} blocks, "
+            f"stored {precision}, computed {computed} on {view.device}",
+            highlight=False,
+        )
+        say(
+            f"  coverage  {coverage.compressed:,} compressed, {coverage.ignored:,} ignored by you, "
+            f"{coverage.by_rule:,} dense by rule (embeddings, head, norms, biases), "
+            f"{sum(coverage.unreachable.values()):,} out of reach",
+            highlight=False,
+        )
+        for planned in plan.steps:
+            chosen = {k: v for k, v in planned.step.params.model_dump(mode="json").items() if k in planned.step.given}
+            settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            say(f"  step {planned.index + 1}    {planned.step.method.name}  {settings}", highlight=False)
+        for note in plan.notes:
+            say(f"  note      {note}", highlight=False)
+        formats = ", ".join(recipe.export.formats) or "nothing"
+        say(f"  then      perplexity on {', '.join(recipe.evaluate.perplexity) or 'no text'}; export {formats}\n")
+
+    def started(self, title: str) -> None:
+        """Show a bar."""
+        self._stop()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=None)
+
+    def progress(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
+        """Print one line of result."""
+        self._stop()
+        self._console.print(step_line(summary, cached=cached), highlight=False)
+
+    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Print the closing table and the paths."""
+        self._stop()
+        self._console.print()
+        self._console.print(closing_table(report))
+        for name, path in files.items():
+            self._console.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
+    """`✓ 1 ast  2:4  sparsity 0.500  0 of 589,824 groups broken  heldout 41.2 -> 43.0  38 s`."""
+    parts = [f"[green]✓[/green] {summary['index'] + 1} {summary['method']:<9}"]
+    parts.append(f"sparsity {summary['sparsity']:.3f}")
+    if summary["bits"]:
+        parts.append(f"int{'/'.join(map(str, summary['bits']))}")
+    if summary["groups"]:
+        parts.append(f"{summary['pattern']}: {summary['violations']} of {summary['groups']:,} groups broken")
+    for name, score in summary["perplexity"].items():
+        parts.append(f"{name} {summary['before'][name]['perplexity']:.2f} -> {score['perplexity']:.2f}")
+    parts.append("done before" if cached else duration(summary["seconds"]))
+    if summary["notes"]:
+        parts.append(f"{len(summary['notes'])} notes in the report")
+    return "  ".join(parts)
+
+
+def closing_table(report: Mapping[str, Any]) -> Table:
+    """Perplexity of the dense and the compressed model, and what was written."""
+    table = Table(box=None, padding=(0, 2), title=None)
+    table.add_column("")
+    for name in report["dense"]:
+        table.add_column(f"perplexity {name}", justify="right")
+    table.add_column("sparsity", justify="right")
+    table.add_column("bits", justify="right")
+    table.add_column("broken groups", justify="right")
+    dense = [f"{score['perplexity']:.3f}" for score in report["dense"].values()]
+    table.add_row("dense", *dense, "0.000", "", "")
+    for summary in report["steps"]:
+        scores = [f"{score['perplexity']:.3f}" for score in summary["perplexity"].values()]
+        bits = "/".join(map(str, summary["bits"]))
+        broken = str(summary["violations"]) if summary["groups"] else ""
+        table.add_row(summary["method"], *scores, f"{summary['sparsity']:.3f}", bits, broken)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `12 min 05 s`."""
+    whole = round(seconds)
+    return f"{seconds:.1f} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def methods_table(methods: Iterable[Method]) -> Table:
+    """Every method in a line."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("method", "kind", "needs", "what it does"):
+        table.add_column(title)
+    for method in methods:
+        needs = {"linear": "", "group": "", "model": "training text"}[method.scope]
+        table.add_row(method.name, method.kind, needs or ("calibration text" if method.stats else ""), method.summary)
+    return table
+
+
+def method_page(method: Method) -> Group:
+    """One method: what it does, its parameters with types and defaults, where it comes from."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("parameter", "type", "default", ""):
+        table.add_column(title)
+    for name, info in method.parameters.model_fields.items():
+        default = "required" if info.is_required() else str(info.default)
+        table.add_row(name, type_name(info.annotation), default, info.description or "")
+    head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on one {method.scope} at a time\n")
+    return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
+
+
+def type_name(annotation: Any) -> str:
+    """`int`, `natural | descending`, `N:M`."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if annotation is Pattern:
+        return "N:M"
+    return str(annotation.__name__) if isinstance(annotation, type) else str(annotation)

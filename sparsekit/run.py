@@ -1,0 +1,368 @@
+"""Running a recipe: one directory, one step after another, each skipped when it is done.
+
+The run directory is the only channel between steps. `sparsekit run` is also the command that
+resumes: a finished step is recognised by its fingerprint, an unfinished one continues at the block
+or the training checkpoint where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+
+from sparsekit import __version__
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import RunLock, StepStore, read_json, remove_temporaries, write_json, write_text
+from sparsekit.data import entry_digest, load_tokenizer, token_windows
+from sparsekit.errors import GateError, RecipeError
+from sparsekit.evaluate import lm_eval_scores, perplexity
+from sparsekit.export import export_dense, export_gptq, verify_dense
+from sparsekit.model import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.plan import Plan, PlannedStep, make_plan
+from sparsekit.recipe import Recipe, TextEntry
+from sparsekit.report import write_report
+from sparsekit.training import Training
+from sparsekit.walk import Walk
+
+EVALUATION_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one forward while scoring
+
+
+class Listener(Protocol):
+    """Told what a run is doing; the terminal is one."""
+
+    def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
+        """The recipe was resolved against the model."""
+
+    def started(self, title: str) -> None:
+        """A step or an evaluation begins."""
+
+    def progress(self, done: int, total: int) -> None:
+        """It has come this far, in blocks, tokens or windows."""
+
+    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
+        """A step is done; `cached` if an earlier run had done it."""
+
+    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """The run is complete."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One recipe on its way through one directory."""
+
+    recipe: Recipe
+    listener: Listener
+    directory: Path
+    view: ModelView
+    plan: Plan
+    tokenizer: Any
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, recipe: Recipe, listener: Listener) -> Run:
+        """Open the model and work the plan out; nothing is written."""
+        model = recipe.model
+        view = ModelView.open(
+            recipe.resolve(model.path),
+            dtype=model.dtype,
+            compute_dtype=model.compute_dtype,
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+            allow_network=recipe.allow_network,
+        )
+        tokenizer = load_tokenizer(view.path, trust_remote_code=model.trust_remote_code)
+        used = [entry for entry in (recipe.data.calibration, recipe.data.train) if entry]
+        digests = [entry_digest(entry, recipe.resolve) for entry in used]
+        plan = make_plan(recipe, view, ",".join(digests))
+        run = cls(recipe, listener, recipe.output_directory(), view, plan, tokenizer)
+        listener.planned(recipe, plan, view)
+        return run
+
+    def windows(self, entry: TextEntry) -> Tensor:
+        """Tokens of a text, int32 [windows, seq_len]."""
+        return token_windows(
+            entry,
+            self.tokenizer,
+            resolve=self.recipe.resolve,
+            cache=self.directory / "tokens",
+            allow_network=self.recipe.allow_network,
+            vocabulary=self.view.config.get_text_config().vocab_size,
+        )
+
+    def execute(self) -> dict[str, Any]:
+        """Run what is not done, evaluate, export and report."""
+        with RunLock(self.directory):
+            remove_temporaries(self.directory)
+            write_text(self.directory / "recipe.yaml", self.recipe.resolved_yaml())
+            chain = Chain(self.view)
+            dense = self._scores(chain, self.directory / "dense", self.plan.model_digest, "dense model")
+            before = dense
+            for planned in self.plan.steps:
+                chain, before = self._step(planned, chain, before)
+            report = self._report(chain, dense, before)
+        self._check_gates(report)
+        return report
+
+    def _step(
+        self, planned: PlannedStep, chain: Chain, before: dict[str, Any]
+    ) -> tuple[Chain, dict[str, Any]]:
+        directory = self.directory / "steps" / planned.directory
+        store = StepStore(directory, self.view.dtype)
+        record = store.finished(planned.fingerprint)
+        cached = record is not None
+        if record is None:
+            self.listener.started(planned.title)
+            result = self._measured(lambda: self._apply(planned, chain, store))
+            store.finish(planned.fingerprint, result)
+        else:
+            result = record["result"]
+        chain = chain.then(store)
+        after = self._scores(chain, directory, planned.fingerprint, f"{planned.title}: perplexity")
+        summary = summarise(planned, store, result, len(self.view.blocks), before, after)
+        self.summaries.append(summary)
+        self.listener.finished(summary, cached=cached)
+        return chain, after
+
+    def _apply(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
+        """Do a step's work; returns what it wants remembered."""
+        method = planned.step.method
+        self.view.load_rest(chain.rest())
+        if method.scope == "model":
+            return self._train(planned, chain, store)
+        data = self.recipe.data.calibration
+        tokens = self.windows(data) if method.stats is not None and data is not None else None
+        with torch.inference_mode():
+            Walk(
+                view=self.view,
+                method=method,
+                arguments=planned.arguments,
+                selected=planned.selected,
+                patterns=planned.patterns,
+                before=chain.block,
+                store=store,
+                tokens=tokens,
+                schedule=planned.step.schedule,
+                progress=self.listener.progress,
+            ).run()
+        return {} if tokens is None else {"calibration_tokens": tokens.numel()}
+
+    def _train(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
+        data = self.recipe.data
+        if data.train is None:
+            raise RecipeError(f"{planned.step.method.name} needs data.train")
+        valid = next((data.evaluation[name] for name in self.recipe.evaluate.perplexity), None)
+        return Training(
+            view=self.view,
+            method=planned.step.method,
+            arguments=planned.arguments,
+            selected=planned.selected,
+            patterns=planned.patterns,
+            chain=chain,
+            store=store,
+            tokens=self.windows(data.train),
+            valid=None if valid is None else self.windows(valid),
+            seed=self.recipe.seed,
+            progress=self.listener.progress,
+        ).run()
+
+    def _measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Time and peak memory of some work."""
+        gc.collect()
+        cuda = self.view.device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.view.device)
+        start = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - start
+        if cuda:
+            peak, of = torch.cuda.max_memory_allocated(self.view.device), "device memory allocated"
+        else:
+            peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident memory of the process"
+        return {**result, "seconds": seconds, "peak_memory": peak, "peak_memory_of": of}
+
+    def _scores(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, Any]:
+        """Perplexity on every evaluation text; read back when it has been measured before."""
+        names = self.recipe.evaluate.perplexity
+        entries = {name: self.recipe.data.evaluation[name] for name in names}
+        wanted = {name: entry_digest(entry, self.recipe.resolve) for name, entry in entries.items()}
+        path = directory / "perplexity.json"
+        known = read_json(path) if path.exists() else {}
+        if known.get("of") == fingerprint and known.get("texts") == wanted:
+            scores: dict[str, Any] = known["scores"]
+            return scores
+        scores = {}
+        if entries:
+            self.listener.started(title)
+            with chain.forward() as forward:
+                for name, entry in entries.items():
+                    scores[name] = self._score(forward, entry)
+        write_json(path, {"of": fingerprint, "texts": wanted, "scores": scores})
+        return scores
+
+    def _score(self, forward: Callable[[Tensor], Tensor], entry: TextEntry) -> dict[str, Any]:
+        batch = max(1, EVALUATION_TOKENS[self.view.device.type] // entry.seq_len)
+        result = perplexity(forward, self.windows(entry), batch=batch, progress=self.listener.progress)
+        return result.as_dict()
+
+    def _report(self, chain: Chain, dense: dict[str, Any], final: dict[str, Any]) -> dict[str, Any]:
+        """Export, verify what was written, and write the report."""
+        self.listener.started("export")
+        exports, files = self._export(chain)
+        tasks = self._tasks(chain)
+        coverage = self.plan.coverage
+        report = {
+            "name": self.recipe.name,
+            "recipe": self.recipe.resolved_yaml(),
+            "environment": environment(self.view),
+            "model": {"path": str(self.view.path), "parameters": coverage.total, "digest": self.plan.model_digest},
+            "coverage": {
+                "compressed": coverage.compressed,
+                "ignored": coverage.ignored,
+                "by_rule": coverage.by_rule,
+                "unreachable": dict(coverage.unreachable),
+                "share": coverage.share,
+                "total": coverage.total,
+            },
+            "notes": list(self.plan.notes),
+            "dense": dense,
+            "final": final,
+            "steps": self.summaries,
+            "tasks": tasks,
+            "exports": exports,
+        }
+        gate = self.recipe.evaluate.gates.max_ppl_increase
+        report["gates"] = [] if gate is None else [gate_row(name, gate, dense, final) for name in dense]
+        files |= write_report(report, self.directory)
+        self.listener.closed(report, files)
+        return report
+
+    def _export(self, chain: Chain) -> tuple[list[dict[str, Any]], dict[str, Path]]:
+        self.view.load_rest(chain.rest())
+        target = self.recipe.export_directory()
+        reports, files = [], {}
+        for name in self.recipe.export.formats:
+            write = {"dense": export_dense, "gptq": export_gptq}[name]
+            result = write(self.view, chain.block, target / name, name=self.recipe.name, patterns=self._patterns())
+            reports.append(result.as_dict())
+            files[name] = target / name
+        if "dense" in files:
+            tokens = torch.arange(64).remainder(self.view.config.get_text_config().vocab_size).unsqueeze(0)
+            with chain.forward() as forward:
+                verify_dense(files["dense"], tokens, forward(tokens), self.view)
+        return reports, files
+
+    def _patterns(self) -> Mapping[str, Pattern]:
+        return self.plan.steps[-1].patterns
+
+    def _tasks(self, chain: Chain) -> dict[str, Any]:
+        wanted = self.recipe.evaluate.lm_eval
+        if not wanted.tasks:
+            return {}
+        self.listener.started("tasks")
+        scores = {}
+        for label, arm in (("dense", Chain(self.view)), ("final", chain)):
+            with arm.forward():
+                scores[label] = lm_eval_scores(
+                    self.view.module,
+                    self.tokenizer,
+                    wanted.tasks,
+                    tasks_dir=Path(self.recipe.resolve(wanted.tasks_dir)) if wanted.tasks_dir else None,
+                    limit=wanted.limit,
+                    seed=self.recipe.seed,
+                    allow_network=self.recipe.allow_network,
+                )
+        return scores
+
+    def _check_gates(self, report: Mapping[str, Any]) -> None:
+        missed = [row for row in report["gates"] if not row["passed"]]
+        if missed:
+            worst = max(missed, key=lambda row: row["increase"])
+            raise GateError(
+                f"perplexity on {worst['text']} rose by {worst['increase']:.1%} "
+                f"({worst['dense']:.2f} -> {worst['final']:.2f}), the recipe allows {worst['allowed']:.1%}; "
+                f"the results are in {self.directory}"
+            )
+
+
+def run_recipe(recipe: Recipe, listener: Listener) -> dict[str, Any]:
+    """Run a recipe from where it stands to its report.
+
+    Raises:
+        SparsekitError: See `sparsekit.errors`; `exit_code` tells the kind.
+    """
+    return Run.open(recipe, listener).execute()
+
+
+def gate_row(name: str, allowed: float, dense: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
+    """One quality gate and whether it holds."""
+    increase = final[name]["perplexity"] / dense[name]["perplexity"] - 1
+    return {
+        "text": name,
+        "allowed": allowed,
+        "dense": dense[name]["perplexity"],
+        "final": final[name]["perplexity"],
+        "increase": increase,
+        "passed": increase <= allowed,
+    }
+
+
+def summarise(
+    planned: PlannedStep,
+    store: StepStore,
+    result: Mapping[str, Any],
+    blocks: int,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What one step did, for the terminal and the report."""
+    layers = [layer for index in range(blocks) for layer in store.layers(index)]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    zeros = sum(layer["sparsity"] * layer["shape"][0] * layer["shape"][1] for layer in layers)
+    patterns = sorted({layer["pattern"] for layer in layers if layer["pattern"]})
+    bits = sorted({layer["bits"] for layer in layers if layer["bits"]})
+    return {
+        "index": planned.index,
+        "method": planned.step.method.name,
+        "kind": planned.step.method.kind,
+        "params": planned.step.params.model_dump(mode="json"),
+        "source": planned.step.method.source,
+        "pattern": ", ".join(patterns) or None,
+        "bits": bits,
+        "sparsity": zeros / weights if weights else 0.0,
+        "groups": sum(layer["groups"] for layer in layers),
+        "violations": sum(layer["violations"] for layer in layers),
+        "error": sum(layer["error"] for layer in layers) / len(layers) if layers else 0.0,
+        "error_of": layers[0]["error_of"] if layers else "weights",
+        "before": dict(before),
+        "perplexity": dict(after),
+        "notes": [f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]],
+        "layers": layers,
+        **result,
+    }
+
+
+def environment(view: ModelView) -> dict[str, str]:
+    """Versions and machine, for the report."""
+    device = "cpu" if view.device.type == "cpu" else torch.cuda.get_device_name(view.device)
+    return {
+        "sparsekit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "dtype": str(view.dtype).removeprefix("torch."),
+        "compute_dtype": str(view.compute_dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,112 @@
+"""The training driver: gives a model-scope method its student, teacher and tokens, and keeps what it made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import BlockState, StepStore, write_text
+from sparsekit.model import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.registry import Method
+from sparsekit.train import TrainJob, Trained
+from sparsekit.verify import verified
+
+VALID_WINDOWS = 32  # held-out windows whose perplexity is logged while training
+
+
+@dataclass(slots=True)
+class Training:
+    """One step of scope model.
+
+    Attributes:
+        view: The model; it stays empty, the student and the teacher are copies of their own.
+        method: What to apply, with the arguments in `arguments`.
+        selected: Full names of the linears the step is meant for.
+        patterns: The pattern each linear must hold after the step.
+        chain: The model before the step.
+        store: Where the result is committed.
+        tokens: Training windows [windows, seq_len].
+        valid: Held-out windows for the log, or None.
+        seed: Of the data order.
+        progress: Called with (tokens done, tokens in all).
+    """
+
+    view: ModelView
+    method: Method
+    arguments: Mapping[str, Any]
+    selected: frozenset[str]
+    patterns: Mapping[str, Pattern]
+    chain: Chain
+    store: StepStore
+    tokens: Tensor
+    valid: Tensor | None
+    seed: int
+    progress: Callable[[int, int], None]
+    _log: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> dict[str, Any]:
+        """Train, verify and commit; returns the method's metrics and the path of its log."""
+        student, teacher = self._copy(torch.float32), self._copy(self.view.compute_dtype)
+        blocks = list(self.chain.blocks())
+        student.load_rest(self.chain.rest())
+        student.materialise_all(blocks)
+        teacher.materialise_all(self.view.dense_block(index) for index in range(len(blocks)))
+        linears = {name: state for block in blocks for name, state in block.linears.items() if name in self.selected}
+        self.store.directory.mkdir(parents=True, exist_ok=True)
+        job = TrainJob(
+            student=student.module,
+            teacher=teacher.module,
+            linears=linears,
+            tokens=self.tokens,
+            valid=None if self.valid is None else self.valid[:VALID_WINDOWS],
+            seed=self.seed,
+            device=self.view.device,
+            autocast=self.view.compute_dtype if self.view.device.type == "cuda" else None,
+            directory=self.store.directory / "checkpoint",
+            log=self._record,
+            progress=self.progress,
+        )
+        trained: Trained = self.method.function(job, **self.arguments)
+        self._commit(blocks, trained)
+        return {"training": trained.metrics, "curve": self._log}
+
+    def _copy(self, compute_dtype: torch.dtype) -> ModelView:
+        """The same model, empty, to compute in another precision."""
+        return ModelView.open(
+            self.view.path,
+            dtype=self.view.dtype,
+            compute_dtype=compute_dtype,
+            device=self.view.device,
+            trust_remote_code=self.view.trust_remote_code,
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """Append to the log; a resumed run overwrites what it repeats."""
+        path = self.store.directory / "train.jsonl"
+        if not self._log and path.exists():
+            self._log = [json.loads(line) for line in path.read_text().splitlines()]
+        self._log = [*(old for old in self._log if old["step"] < record["step"]), record]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self._log))
+
+    def _commit(self, blocks: Sequence[BlockState], trained: Trained) -> None:
+        """Verify what was trained and write it, block by block."""
+        inside: set[str] = set()
+        for index, block in enumerate(blocks):
+            linears, records = dict(block.linears), []
+            for name, before in block.linears.items():
+                if name in trained.linears:
+                    after = trained.linears[name]
+                    record = verified(before, after, kind=self.method.kind, pattern=self.patterns.get(name))
+                    records.append(record.as_dict())
+                    linears[name] = after
+            params = {name: trained.params.get(name, value) for name, value in block.params.items()}
+            inside |= block.params.keys()
+            self.store.commit_block(index, BlockState(linears, params), records)
+        self.store.commit_rest({name: value for name, value in trained.params.items() if name not in inside})
