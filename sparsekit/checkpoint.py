@@ -270,7 +270,7 @@ class RunLock:
     def __enter__(self) -> Self:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+")  # noqa: SIM115
+            self._file = open(self._path, "a+")
         except OSError as error:
             raise CheckpointError(f"cannot write {self._path.parent}: {error.strerror}") from error
         try:

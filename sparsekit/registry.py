@@ -214,7 +214,8 @@ def _method(
     expected = 2 if stats is not None else 1
     if len(given) != expected:
         names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
-        raise PluginError(f"method {name!r} must take {names}: {expected} positional-only arguments, it has {len(given)}")
+        message = f"must take {names}: {expected} positional-only arguments, it has {len(given)}"
+        raise PluginError(f"method {name!r} {message}")
     origin = function.__module__ if function.__module__.startswith("sparsekit.") else str(file)
     return Method(
         name=name,

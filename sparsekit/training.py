@@ -15,7 +15,7 @@ from sparsekit.checkpoint import BlockState, StepStore, write_text
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import Method
-from sparsekit.train import TrainJob, Trained
+from sparsekit.train import Trained, TrainJob
 from sparsekit.verify import verified
 
 VALID_WINDOWS = 32  # held-out windows whose perplexity is logged while training
