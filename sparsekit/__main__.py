@@ -1,0 +1,5 @@
+"""`python -m sparsekit`."""
+
+from sparsekit.cli import main
+
+main()
