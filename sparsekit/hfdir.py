@@ -1,0 +1,234 @@
+"""A Hugging Face model directory on its way to disk: staged, sharded, readable by old and new readers."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsekit.checkpoint import read_json, sha256_file, write_json
+from sparsekit.errors import CheckpointError
+
+MAX_SHARD = 5 * 10**9  # bytes, the customary size of Hugging Face shards
+MARKER = "sparsekit.json"  # a directory that holds it was written by an export and may be replaced
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@contextmanager
+def staged(directory: Path, source: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `directory` once the block ends well.
+
+    Args:
+        directory: Where the export goes; an earlier export there is replaced in one step.
+        source: The model's own directory, which is never replaced.
+    Raises:
+        CheckpointError: The place cannot be written, or holds something that is not an export. Nothing
+            is left behind, and what was there stays.
+    """
+    directory = directory.absolute()
+    if directory.resolve() == source.resolve():
+        raise CheckpointError(f"{directory} is the model itself; export to another directory")
+    if directory.exists() and not (directory / MARKER).is_file() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory} exists and holds no sparsekit export; export to another directory")
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.export")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_killed_process in directory.parent.glob(f".{directory.name}.*.export"):
+            shutil.rmtree(left_by_a_killed_process)
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        _put_in_place(temporary, directory)
+        _sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {directory}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, directory: Path) -> None:
+    """Swap two directories in one step where the system can, else rename twice."""
+    if not directory.exists():
+        os.rename(temporary, directory)
+    elif not _exchange(temporary, directory):
+        old = temporary.with_name(temporary.name.replace(".export", ".old.export"))
+        os.rename(directory, old)
+        os.rename(temporary, directory)
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Linux's renameat2 with RENAME_EXCHANGE; False where there is no such call."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(call(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0)
+
+
+class ShardWriter:
+    """Writes tensors in the order they come, a new file when the limit is reached."""
+
+    def __init__(self, directory: Path, limit: int = MAX_SHARD) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._open: dict[str, Tensor] = {}
+        self._open_bytes = 0
+        self._shards: list[list[str]] = []
+        self._names: set[str] = set()
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; it is copied when it is a view of a larger one."""
+        if name in self._names:
+            raise CheckpointError(f"tensor {name} would be written twice")
+        self._names.add(name)
+        if self._open and self._open_bytes + tensor.nbytes > self._limit:
+            self._flush()
+        tensor = tensor.detach().cpu().contiguous()
+        self._open[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        self._open_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._open))
+        save_file(self._open, self._part(len(self._shards)), {"format": "pt"})
+        self._open, self._open_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"part-{number:05d}.safetensors"
+
+    def close(self) -> list[Path]:
+        """Write what is left, name the files and write their index; returns the files."""
+        if self._open or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        files = []
+        for number, names in enumerate(self._shards, 1):
+            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            os.rename(self._part(number), self._directory / name)
+            files.append(self._directory / name)
+            weight_map |= dict.fromkeys(names, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self._directory / "model.safetensors.index.json", index)
+        return files
+
+
+def header_bytes(path: Path) -> int:
+    """Size of a safetensors file's header, the eight bytes of its length included."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def reader_config(raw: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], list[str]]:
+    """A `config.json` that Transformers 4 and 5 read alike.
+
+    Transformers 5 writes the rotary base only inside `rope_parameters`, where 4.x does not look: it
+    would silently compute with 10000. The old keys are written beside the new ones.
+
+    Args:
+        raw: The model's own config.json.
+        dtype: What the tensors are stored in.
+    Returns:
+        The configuration, and remarks about what could not be said in the old form.
+    """
+    config = {key: value for key, value in raw.items() if key not in ("quantization_config", "sparsity_config")}
+    notes: list[str] = []
+    name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": name, "torch_dtype": name}
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            notes += _old_rope(part)
+    return config, notes
+
+
+def _old_rope(config: dict[str, Any]) -> list[str]:
+    """Write the rotary settings where Transformers 4 looks for them, into `config` itself."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return []
+    if "rope_theta" not in rope:
+        return ["rope_parameters differ by layer type; Transformers 4 readers need the model's original config.json"]
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    kind = rope.get("rope_type", "default")
+    if kind != "default" and not config.get("rope_scaling"):
+        rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        config["rope_scaling"] = {**rest, "rope_type": kind, "type": kind}
+    return []
+
+
+def copy_companions(source: Path, tokenizer: Path, target: Path, *, code: bool) -> list[str]:
+    """Copy the tokenizer and the generation settings; returns remarks.
+
+    Args:
+        source: The model's directory.
+        tokenizer: The tokenizer's directory.
+        target: Where to.
+        code: Copy Python files as well: the model brings its own code.
+    """
+    found = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
+    for name in found:
+        shutil.copyfile(tokenizer / name, target / name)
+    about = target / "tokenizer_config.json"
+    if about.is_file():
+        settings = read_json(about)
+        if settings.get("tokenizer_class") == "TokenizersBackend":  # Transformers 5's name; 4.x: "does not exist"
+            write_json(about, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    for path in source.glob("*.py") if code else ():
+        shutil.copyfile(path, target / path.name)
+    return [] if found else [f"{tokenizer} holds no tokenizer files; none were copied"]
+
+
+def file_digests(directory: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file, by its path inside the directory."""
+    return {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+    }
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's own config.json as it is written.
+
+    Raises:
+        CheckpointError: It is missing or no JSON object.
+    """
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / 'config.json'} is no JSON object: {json.dumps(config)[:60]}")
+    return config
