@@ -1,0 +1,81 @@
+"""From what a recipe calls a model to a directory and an empty module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparsekit.errors import ModelError, nearest
+
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(path: str, *, allow_network: bool = False) -> Path:
+    """The directory a model path means.
+
+    Raises:
+        ModelError: It does not exist; the message names the nearest sibling.
+    """
+    if path.startswith("builtin:"):
+        name = path.removeprefix("builtin:")
+        names = [entry.name for entry in ASSETS.iterdir() if (entry / "config.json").is_file()]
+        if name not in names:
+            raise ModelError(f"no built-in model {name!r}; there is {', '.join(names)}.{nearest(name, names)}")
+        return ASSETS / name
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{directory} holds no config.json, so it is no Hugging Face model")
+        return directory.resolve()
+    if allow_network and not directory.is_absolute():
+        return _download(path)
+    siblings = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
+    hint = nearest(directory.name, siblings)
+    raise ModelError(f"model {path} is no directory.{hint} A hub id needs allow_network: true in the recipe")
+
+
+def _download(name: str) -> Path:
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot fetch {name} from the hub: {error}") from error
+    return Path(found)
+
+
+def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with parameters on meta and buffers (rotary tables) in place."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).partition("\n")[0]
+        raise ModelError(f"{directory} holds no causal LM transformers can build: {first}") from error
+    if not isinstance(module, PreTrainedModel):
+        raise ModelError(f"{directory} builds a {type(module).__name__}, no transformers model")
+    module.tie_weights()  # built empty, tied parameters are still two
+    return module.eval()
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The dtype a recipe names."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device a recipe names; `auto` is CUDA when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda is asked for and torch sees none")
+    return device
