@@ -1,0 +1,73 @@
+"""How numbers are written for a reader: one definition for the terminal and the reports."""
+
+from __future__ import annotations
+
+import math
+
+_SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def duration(seconds: float) -> str:
+    """`48.0 s`, `12 min 05 s`."""
+    whole = round(seconds)
+    return f"{seconds:.1f} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def megabytes(count: float) -> str:
+    """`5.3 MB`, of a million bytes each; less than a tenth of one in KB or bytes."""
+    if 0 < count < 1e3:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e3:.1f} KB" if 0 < count < 1e5 else f"{count / 1e6:,.1f} MB"
+
+
+def perplexity(value: float | None) -> str:
+    """Three decimals below 100, two above; `∞` and `not a number` for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return special(value)
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:.3f}" if value < 100 else f"{value:,.2f}"
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    """`12.5 %`."""
+    if value is None or not math.isfinite(value):
+        return special(value)
+    return f"{100 * value:.{decimals}f} %"
+
+
+def change(value: float | None) -> str:
+    """`+12.5 %`, `-0.3 %`; far more than that as `× 123`."""
+    if value is None or not math.isfinite(value):
+        return special(value)
+    if value >= 10:
+        return f"× {1 + value:,.0f}"
+    decimals = 2 if abs(value) < 0.01 else 1
+    return f"{100 * value:+.{decimals}f} %".replace("-", "−")
+
+
+def short(value: float) -> str:
+    """Three significant digits with a suffix: `262 K`, `4.00 M`."""
+    for size, suffix in _SUFFIXES:
+        if abs(value) >= size * 0.9995:
+            return f"{significant(value / size)} {suffix}"
+    return f"{value:,.0f}" if float(value).is_integer() else significant(value)
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with so many digits that mean something: `0.0123`, `4.56e-05`."""
+    if value is None or not math.isfinite(value):
+        return special(value)
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if not -5 < exponent < 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def special(value: float | None) -> str:
+    """What stands where no finite number can: nothing was measured, `∞`, or `not a number`."""
+    if value is None:
+        return "–"
+    return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")

@@ -1,0 +1,304 @@
+"""Drawings for the reports: pure functions that return SVG, with no library and no script behind them.
+
+Colours are CSS variables with a fallback, so a page can give them a light and a dark value and a
+drawing cut out of its page still shows. Every label is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from sparsekit.numerals import significant
+from sparsekit.scales import Scale, shown
+
+COLOURS = ("#1f5fa6", "#bf4c0b", "#1b7a58", "#84489e", "#8a6500", "#5c5f66")
+DASHES = ("", "6 3", "2 2.5", "9 3 2 3", "4 2", "1 2")  # told apart without colour, as on paper
+INK, QUIET, RULE = "var(--ink, #1c1e21)", "var(--quiet, #5d636b)", "var(--rule, #d9dce0)"
+HEAT = "var(--heat, #a8330f)"
+FONT = 11  # pixels
+WIDE = 6.1  # pixels a character takes, on the generous side; SVG cannot measure text
+EMPTY = "nothing was recorded"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of a chart.
+
+    Attributes:
+        x: Where.
+        y: Where; a value that is not finite, or not positive on a logarithmic axis, breaks the line.
+        error: Half the length of the error bar, None for none.
+        label: Text beside the point, in scatter charts.
+    """
+
+    x: float
+    y: float
+    error: float | None = None
+    label: str = ""
+
+    @property
+    def reach(self) -> float:
+        """Half the length of the error bar, 0 for none."""
+        return self.error if self.error and math.isfinite(self.error) else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of one colour."""
+
+    label: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True, slots=True)
+class HeatCell:
+    """One cell of a heat map: its value and the text shown when pointed at."""
+
+    value: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What a chart says about itself.
+
+    Attributes:
+        title: For readers who cannot see it.
+        x: Label of the horizontal axis.
+        y: Label of the vertical axis.
+        log_x: Logarithmic.
+        log_y: Logarithmic.
+        width: Pixels; a page may scale the drawing.
+        height: Pixels.
+    """
+
+    title: str
+    x: str
+    y: str
+    log_x: bool = False
+    log_y: bool = False
+    width: int = 440
+    height: int = 230
+
+
+def tag(name: str, attributes: Mapping[str, Any], *children: str) -> Markup:
+    """One element; attributes and children that are no Markup are escaped."""
+    given = Markup(" ").join(Markup('{}="{}"').format(key, _number(value)) for key, value in attributes.items())
+    return Markup("<{0} {1}>{2}</{0}>").format(Markup(name), given, Markup("").join(map(escape, children)))
+
+
+def text(x: float, y: float, content: str, anchor: str = "start", fill: str = QUIET) -> Markup:
+    """A line of text."""
+    return tag("text", {"x": x, "y": y, "text-anchor": anchor, "style": f"fill:{fill}"}, content)
+
+
+def line_chart(series: Sequence[Series], axes: Axes) -> Markup:
+    """Lines over a common axis; a single point is drawn as a dot."""
+    return _chart(series, axes, joined=True, frontier=())
+
+
+def scatter_chart(series: Sequence[Series], axes: Axes, *, frontier: bool = False) -> Markup:
+    """Points with labels and error bars; `frontier` joins those that nothing beats in both directions."""
+    points = [point for one in series for point in one.points if _drawn(point, axes)]
+    return _chart(series, axes, joined=False, frontier=pareto(points) if frontier else ())
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """Points that no other point beats, where less is better on both axes, from left to right."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.x, one.y)):
+        if not kept or point.y < kept[-1].y:
+            kept.append(point)
+    return kept
+
+
+def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequence[Point]) -> Markup:
+    legend, rows = _legend([one.label for one in series], axes.width)
+    points = [point for one in series for point in one.points if _drawn(point, axes)]
+    heights = [point.y + side * point.reach for point in points for side in (-1, 0, 1)]
+    top, bottom = 22.0 + 16 * rows, axes.height - 34.0
+    upright = Scale.fit(heights, bottom, top, log=axes.log_y)
+    left = 10 + WIDE * max(map(len, upright.labels()), default=1)
+    right = axes.width - (14.0 if joined else 24.0)
+    across = Scale.fit((point.x for point in points), left, right, log=axes.log_x, snug=joined)
+    parts = [text(0, 11, axes.y), legend, *_grid(across, upright), text(axes.width - 2, axes.height - 4, axes.x, "end")]
+    if not points:
+        parts.append(text((left + right) / 2, (top + bottom) / 2, EMPTY, "middle"))
+    if frontier:
+        parts.append(_path(frontier, across, upright, f"stroke:{QUIET};stroke-dasharray:2 3"))
+    for index, one in enumerate(series):
+        held = _runs(one.points, axes)
+        parts.append(_series(held, across, upright, index, joined=joined))
+    return _drawing(parts, axes.title, axes.width, axes.height)
+
+
+def _drawing(parts: Iterable[Markup], title: str, width: float, height: float) -> Markup:
+    attributes = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "viewBox": f"0 0 {_number(width)} {_number(height)}",
+        "width": width,
+        "height": height,
+        "role": "img",
+        "aria-label": title,
+        "font-size": FONT,
+        "font-family": "system-ui, sans-serif",
+    }
+    return tag("svg", attributes, *parts)
+
+
+def _grid(across: Scale, upright: Scale) -> Iterable[Markup]:
+    for tick, label in zip(upright.ticks, upright.labels(), strict=True):
+        yield _line(across.start, upright(tick), across.end, upright(tick), f"stroke:{RULE}")
+        yield text(across.start - 6, upright(tick) + 4, label, "end")
+    for tick, label in zip(across.ticks, across.labels(), strict=True):
+        yield _line(across(tick), upright.start, across(tick), upright.start + 4, f"stroke:{QUIET}")
+        yield text(across(tick), upright.start + 16, label, "middle")
+
+
+def _legend(labels: Sequence[str], width: float) -> tuple[Markup, int]:
+    """Swatches with labels, and the rows they take; one series needs none."""
+    if len(labels) < 2:
+        return Markup(""), 0
+    parts, x, row = [], 0.0, 1
+    for index, label in enumerate(labels):
+        room = 30 + WIDE * len(label)
+        if x and x + room > width:
+            x, row = 0.0, row + 1
+        y = 11 + 16 * row
+        parts += [_line(x, y - 4, x + 20, y - 4, _stroke(index)), text(x + 25, y, label, fill=INK)]
+        x += room + 8
+    return Markup("").join(parts), row
+
+
+def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, index: int, *, joined: bool) -> Markup:
+    style, parts = _stroke(index), []
+    for run in runs:
+        parts += [_bar(point, across, upright, index) for point in run if point.reach]
+        if joined and len(run) > 1:
+            parts.append(_path(run, across, upright, style))
+            continue
+        for point in run:
+            x, y = across(point.x), upright(point.y)
+            dot = {"cx": x, "cy": y, "r": 3 if joined else 4, "style": f"fill:{_colour(index)}"}
+            named = f"{point.label} ({significant(point.x, 4)}, {significant(point.y, 4)})".strip()
+            parts.append(tag("circle", dot, tag("title", {}, named)))
+            if point.label:
+                parts.append(_beside(x, y, point.label, across.end))
+    return tag("g", {"class": f"series-{index + 1}"}, *parts)
+
+
+def _beside(x: float, y: float, label: str, end: float) -> Markup:
+    """A label right of its point, or left of it where it would leave the drawing."""
+    fits = x + 8 + WIDE * len(label) <= end + 20
+    return text(x + 8 if fits else x - 8, y - 5, label, "start" if fits else "end", INK)
+
+
+def _bar(point: Point, across: Scale, upright: Scale, index: int) -> Markup:
+    x, style = across(point.x), f"stroke:{_colour(index)};stroke-width:1.2"
+    bottom, top = upright(max(point.y - point.reach, upright.low)), upright(point.y + point.reach)
+    ends = [_line(x - 3, y, x + 3, y, style) for y in (bottom, top)]
+    return Markup("").join([_line(x, bottom, x, top, style), *ends])
+
+
+def _runs(points: Sequence[Point], axes: Axes) -> list[list[Point]]:
+    """Stretches without a point that cannot be drawn."""
+    runs: list[list[Point]] = [[]]
+    for point in points:
+        if _drawn(point, axes):
+            runs[-1].append(point)
+        else:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _drawn(point: Point, axes: Axes) -> bool:
+    return shown(point.x, log=axes.log_x) and shown(point.y, log=axes.log_y)
+
+
+def _path(points: Sequence[Point], across: Scale, upright: Scale, style: str) -> Markup:
+    where = " ".join(f"{_number(across(point.x))},{_number(upright(point.y))}" for point in points)
+    return tag("polyline", {"points": where, "style": f"fill:none;{style}"})
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    return tag("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "style": style})
+
+
+def _colour(index: int) -> str:
+    place = index % len(COLOURS)
+    return f"var(--series-{place + 1}, {COLOURS[place]})"
+
+
+def _stroke(index: int) -> str:
+    dashes = DASHES[index % len(DASHES)]
+    pattern = f";stroke-dasharray:{dashes}" if dashes else ""
+    return f"stroke:{_colour(index)};stroke-width:1.6;stroke-linejoin:round{pattern}"
+
+
+def _number(value: Any) -> Any:
+    """Pixels with one decimal; text as it is."""
+    return f"{round(value, 1):g}" if isinstance(value, (int, float)) else value
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[int, int], HeatCell],
+    *,
+    title: str,
+    row_label: str = "",
+    column_label: str = "",
+) -> Markup:
+    """Cells shaded by value, darker for more, logarithmically when the values span a factor of 20.
+
+    Args:
+        rows: Labels from top to bottom.
+        columns: Labels from left to right; not all are written when there are many.
+        cells: By (row, column); a cell that is missing or not finite is left open.
+        title: For readers who cannot see it.
+        row_label: What the rows are.
+        column_label: What the columns are.
+    """
+    values = [cell.value for cell in cells.values() if math.isfinite(cell.value)]
+    positive = [value for value in values if value > 0]
+    log = len(positive) == len(values) > 0 and max(values) > 20 * min(values)
+    shade = Scale.fit(values, 0.1, 1.0, log=log, snug=True)
+    side = next(size for most, size in ((16, 22), (28, 19), (48, 14), (10**9, 10)) if len(columns) <= most)
+    left, top = 8 + WIDE * max(map(len, [*rows, row_label]), default=0), 32.0
+    parts = [text(left - 6, top - 5, row_label, "end"), text(left, 11, column_label)]
+    every = max(1, math.ceil(WIDE * (1 + max(map(len, columns), default=0)) / side))
+    for column in range(0, len(columns), every):
+        parts.append(text(left + side * (column + 0.5), top - 5, columns[column], "middle"))
+    for row, name in enumerate(rows):
+        parts.append(text(left - 6, top + side * (row + 0.5) + 4, name, "end", INK))
+        for column in range(len(columns)):
+            x, y = left + side * column, top + side * row
+            parts.append(_cell(cells.get((row, column)), x, y, side, shade))
+    below = top + side * len(rows) + 8
+    parts.append(_key(min(values), max(values), left, below, log=log) if values else text(left, below + 11, EMPTY))
+    return _drawing(parts, title, max(left + side * len(columns) + 4, left + 250), below + 18)
+
+
+def _cell(cell: HeatCell | None, x: float, y: float, side: float, shade: Scale) -> Markup:
+    place: dict[str, Any] = {"x": x + 0.5, "y": y + 0.5, "width": side - 1, "height": side - 1}
+    if cell is None or not math.isfinite(cell.value):
+        named = () if cell is None else (tag("title", {}, cell.title),)
+        return tag("rect", {**place, "style": f"fill:none;stroke:{RULE}"}, *named)
+    opacity = f"{min(1.0, max(0.0, shade(cell.value))):.3f}"
+    return tag("rect", {**place, "style": f"fill:{HEAT};fill-opacity:{opacity}"}, tag("title", {}, cell.title))
+
+
+def _key(low: float, high: float, x: float, y: float, *, log: bool) -> Markup:
+    """Six shades between the smallest and the largest value."""
+    start = x + 6 + WIDE * len(significant(low))
+    parts = [text(x, y + 11, significant(low))]
+    for index in range(6):
+        style = f"fill:{HEAT};fill-opacity:{0.1 + 0.9 * index / 5:.2f}"
+        parts.append(tag("rect", {"x": start + 18 * index, "y": y + 2, "width": 18, "height": 10, "style": style}))
+    ending = f"{significant(high)} (logarithmic)" if log else significant(high)
+    return Markup("").join([*parts, text(start + 18 * 6 + 6, y + 11, ending)])
