@@ -1,0 +1,106 @@
+"""One block of columns of a sweep: the part of `sparsekit.obs` that is sequential.
+
+Tensors hold columns first, [columns, out], so that a column is contiguous and rows, which are
+independent, lie along the last dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekit.pattern import Pattern
+from sparsekit.quant import Grid
+
+SUB_BLOCK = 16  # columns between two updates of the rest of a block, docs/benchmarks/solver_cpu.json
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solved:
+    """What `solve_block` found: q, e, the mask and the codes, each [columns, out]."""
+
+    weight: Tensor
+    error: Tensor
+    keep: Tensor | None
+    codes: Tensor | None
+
+
+def solve_block(
+    weight: Tensor, factor: Tensor, *, keep: Tensor | None, pattern: Pattern | None, grid: Grid | None
+) -> Solved:
+    """Sweep a few columns on their own, all that earlier columns moved onto them included.
+
+    The sequential part of a sweep, and the place to dispatch to a fused kernel: rows (the last
+    dimension) are independent, and nothing outside the block is read.
+
+    Args:
+        weight: [columns, out], each column contiguous. Not modified.
+        factor: Diagonal block of U, [columns, columns]; what is below the diagonal is not read.
+        keep: bool [columns, out], True = kept; None when all are, or when `pattern` chooses.
+        pattern: N:M, with whole groups in the block: choose the mask.
+        grid: Scale and zero-point of every entry, [columns, out]; None without rounding.
+    """
+    weight, error = weight.clone(), torch.empty_like(weight)
+    codes = None if grid is None else torch.empty_like(weight)
+    step = 1
+    if pattern:
+        step, keep = pattern.m, torch.empty_like(weight, dtype=torch.bool)
+    diagonal = factor.diagonal().unsqueeze(1)  # [columns, 1]
+    for start, stop in spans(0, len(weight), SUB_BLOCK, step, step):
+        for i in range(start, stop):
+            if pattern and keep is not None and i % step == 0:
+                keep[i : i + step] = best((weight[i : i + step] / diagonal[i : i + step]).abs(), pattern.n)
+            value = weight[i].clone()
+            if grid is not None and codes is not None:
+                codes[i], weight[i] = _rounded(value, Grid(grid.scale[i], grid.zero[i], grid.bits))
+            if keep is not None:
+                weight[i].masked_fill_(~keep[i], 0.0)
+            error[i] = (value - weight[i]) / factor[i, i]
+            weight[i + 1 : stop].addcmul_(factor[i, i + 1 : stop].unsqueeze(1), error[i], value=-1)
+        propagate(weight, factor, error, start, stop, len(weight))
+    if codes is not None and grid is not None and keep is not None:
+        codes = torch.where(keep, codes, grid.zero.to(codes.dtype))  # the code of exactly 0
+    return Solved(weight, error, keep, codes)
+
+
+def best(score: Tensor, count: int) -> Tensor:
+    """True at the `count` highest entries of each column; ties keep the lowest index.
+
+    The choice of `Pattern.keep`, for a group that lies along the first dimension, and without
+    looking at values from the host.
+
+    Args:
+        score: [m, out].
+    """
+    beaten_by = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+    for i in range(len(score) - 1):
+        wins = score[i + 1 :] > score[i]
+        beaten_by[i] += wins.sum(0, dtype=torch.int16)
+        beaten_by[i + 1 :] += ~wins
+    return beaten_by < count
+
+
+def _rounded(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes of a column [out], and the values they stand for."""
+    code = grid.encode(value.unsqueeze(-1)).squeeze(-1)
+    return code, (code - grid.zero) * grid.scale
+
+
+def propagate(weight: Tensor, factor: Tensor, error: Tensor, first: int, last: int, end: int) -> None:
+    """Move the errors of columns first..last onto columns last..end, in place."""
+    if last < end:
+        weight[last:end].addmm_(factor[first:last, last:end].t(), error[first:last], alpha=-1)
+
+
+def spans(start: int, end: int, size: int, unit: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut columns into spans of at most `size` (or `step`), each of whole units or within one unit."""
+    while start < end:
+        if unit <= size:
+            stop = start + size // unit * unit
+        else:
+            stop = min(start + max(size // step, 1) * step, (start // unit + 1) * unit)
+        yield start, min(stop, end)
+        start = stop
