@@ -155,10 +155,10 @@ def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
             mask = tensors.get(f"mask/{name}")
             quantized = None
             if "quantized" in about:
-                quantized = QuantizedWeight(
-                    **{key: tensors[f"{key}/{name}"] for key in ("codes", "scale", "zero", "group_of")},
-                    **about["quantized"],
+                codes, scale, zero, group_of = (
+                    tensors[f"{key}/{name}"] for key in ("codes", "scale", "zero", "group_of")
                 )
+                quantized = QuantizedWeight(codes, scale, zero, group_of, **about["quantized"])
             source = tensors[f"source/{name}"].float() if quantized is None else quantized.dequantize()
             linears[name] = LinearState(
                 name=name,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsekit.chain import Chain
@@ -53,7 +52,7 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Train, verify and commit; returns the method's metrics and the path of its log."""
-        student, teacher = self._copy(torch.float32), self._copy(self.view.compute_dtype)
+        student, teacher = self._copy(), self._copy()
         blocks = list(self.chain.blocks())
         student.load_rest(self.chain.rest())
         student.materialise_all(blocks)
@@ -67,8 +66,6 @@ class Training:
             tokens=self.tokens,
             valid=None if self.valid is None else self.valid[:VALID_WINDOWS],
             seed=self.seed,
-            device=self.view.device,
-            autocast=self.view.compute_dtype if self.view.device.type == "cuda" else None,
             directory=self.store.directory / "checkpoint",
             log=self._record,
             progress=self.progress,
@@ -77,12 +74,12 @@ class Training:
         self._commit(blocks, trained)
         return {"training": trained.metrics, "curve": self._log}
 
-    def _copy(self, compute_dtype: torch.dtype) -> ModelView:
-        """The same model, empty, to compute in another precision."""
+    def _copy(self) -> ModelView:
+        """The same model, empty."""
         return ModelView.open(
             self.view.path,
             dtype=self.view.dtype,
-            compute_dtype=compute_dtype,
+            compute_dtype=self.view.compute_dtype,
             device=self.view.device,
             trust_remote_code=self.view.trust_remote_code,
         )
