@@ -21,7 +21,7 @@ CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
         "share of all entries",
         {"flip_rate": "since the last update", "initial_flip_rate": "since the first mask"},
     ),
-    ("Learning rate", "learning rate", {"lr": "learning rate"}),
+    ("Learning rate", "", {"lr": "learning rate"}),
     ("Decay of pruned weights", "λ", {"decay": "λ"}),
 )
 MOST_POINTS = 600  # of a drawn line: more than a report has pixels

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsekit.model import ModelView
+from sparsekit.numerals import duration as duration
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
@@ -125,12 +126,6 @@ def closing_table(report: Mapping[str, Any]) -> Table:
         broken = str(summary["violations"]) if summary["groups"] else ""
         table.add_row(summary["method"], *scores, f"{summary['sparsity']:.3f}", bits, broken)
     return table
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `12 min 05 s`."""
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
 
 
 def methods_table(methods: Iterable[Method]) -> Table:

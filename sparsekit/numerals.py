@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+JOINED = "\u00a0"  # between a number and its unit: no line ends there
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -16,8 +17,8 @@ def duration(seconds: float) -> str:
 def megabytes(count: float) -> str:
     """`5.3 MB`, of a million bytes each; less than a tenth of one in KB or bytes."""
     if 0 < count < 1e3:
-        return f"{count:.0f} bytes"
-    return f"{count / 1e3:.1f} KB" if 0 < count < 1e5 else f"{count / 1e6:,.1f} MB"
+        return f"{count:.0f}{JOINED}bytes"
+    return f"{count / 1e3:.1f}{JOINED}KB" if 0 < count < 1e5 else f"{count / 1e6:,.1f}{JOINED}MB"
 
 
 def perplexity(value: float | None) -> str:
@@ -33,7 +34,7 @@ def percent(value: float | None, decimals: int = 1) -> str:
     """`12.5 %`."""
     if value is None or not math.isfinite(value):
         return special(value)
-    return f"{100 * value:.{decimals}f} %"
+    return f"{100 * value:.{decimals}f}{JOINED}%"
 
 
 def change(value: float | None) -> str:
@@ -41,16 +42,16 @@ def change(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return special(value)
     if value >= 10:
-        return f"× {1 + value:,.0f}"
+        return f"×{JOINED}{1 + value:,.0f}"
     decimals = 2 if abs(value) < 0.01 else 1
-    return f"{100 * value:+.{decimals}f} %".replace("-", "−")
+    return f"{100 * value:+.{decimals}f}{JOINED}%".replace("-", "−")
 
 
 def short(value: float) -> str:
     """Three significant digits with a suffix: `262 K`, `4.00 M`."""
     for size, suffix in _SUFFIXES:
         if abs(value) >= size * 0.9995:
-            return f"{significant(value / size)} {suffix}"
+            return f"{significant(value / size)}{JOINED}{suffix}"
     return f"{value:,.0f}" if float(value).is_integer() else significant(value)
 
 
@@ -60,7 +61,7 @@ def significant(value: float | None, digits: int = 3) -> str:
         return special(value)
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 0.9999 is 1.00
     if not -5 < exponent < 6:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"

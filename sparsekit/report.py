@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sparsekit.charts import curve_charts, error_map
 from sparsekit.checkpoint import write_json, write_text
 from sparsekit.findings import headline, memory_notes, no_gains, protocols
+from sparsekit.numerals import JOINED
 from sparsekit.tables import (
     Table,
     bytes_table,
@@ -61,13 +62,20 @@ def finite(value: Any) -> Any:
 
 def environment() -> Environment:
     """Jinja with everything escaped; a name that is missing is an error, not an empty string."""
-    return Environment(
+    made = Environment(
         loader=PackageLoader("sparsekit", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters["whole"] = whole
+    return made
+
+
+def whole(text: str) -> str:
+    """A number with its unit in one piece; a line may end only after an arrow."""
+    return text.replace(" ", JOINED).replace(f"→{JOINED}", "→ ")
 
 
 def html(report: Record) -> str:

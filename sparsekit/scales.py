@@ -10,6 +10,7 @@ from typing import Self
 from sparsekit.numerals import special
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # distances of ticks that read as round
+NEAR_ZERO = 0.15  # an axis whose data begin below this share of their end begins at zero
 _SUFFIXES = ((1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
@@ -45,12 +46,14 @@ class Scale:
             end: Pixel of the high end.
             log: Logarithmic.
             snug: End where the data end, not at the next tick.
-            marks: About how many ticks.
+            marks: About how many steps between ticks.
         """
         held = [value for value in values if shown(value, log=log)]
         low, high = (min(held), max(held)) if held else ((1.0, 10.0) if log else (0.0, 1.0))
         if low == high:
             low, high = _opened(low, log=log)
+        if not log and 0 < low < NEAR_ZERO * high:
+            low = 0.0
         ticks = log_ticks(low, high, marks) if log else linear_ticks(low, high, marks)
         if snug:
             ticks = [tick for tick in ticks if low <= tick <= high]
@@ -85,8 +88,8 @@ def _opened(value: float, *, log: bool) -> tuple[float, float]:
 
 
 def linear_ticks(low: float, high: float, marks: int = 5) -> list[float]:
-    """Round values from at or below `low` to at or above `high`, about `marks` of them."""
-    rough = (high - low) / max(1, marks - 1)
+    """Round values from at or below `low` to at or above `high`, about `marks` steps."""
+    rough = (high - low) / marks
     if rough <= 0 or not math.isfinite(rough):
         return [low]
     unit = 10.0 ** math.floor(math.log10(rough))
@@ -111,9 +114,9 @@ def log_ticks(low: float, high: float, marks: int = 5) -> list[float]:
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Labels of one axis, all in the same unit and with as few digits as tell them apart."""
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    smallest = min((abs(tick) for tick in ticks if tick), default=1.0)
-    if smallest < 1e-3:
+    sizes = [abs(tick) for tick in ticks if tick] or [1.0]
+    largest, smallest = max(sizes), min(sizes)
+    if smallest < 1e-4 or largest < 1e-2:
         return [_scientific(tick) for tick in ticks]
     size, suffix = next(((s, x) for s, x in _SUFFIXES if largest >= 10 * s), (1.0, ""))
     return [_plain(tick / size) + (f" {suffix}" if suffix and tick else "") for tick in ticks]

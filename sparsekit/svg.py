@@ -1,8 +1,4 @@
-"""Drawings for the reports: pure functions that return SVG, with no library and no script behind them.
-
-Colours are CSS variables with a fallback, so a page can give them a light and a dark value and a
-drawing cut out of its page still shows. Every label is escaped.
-"""
+"""Charts for the reports: pure functions that return SVG, with no library and no script behind them."""
 
 from __future__ import annotations
 
@@ -11,17 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from sparsekit.marks import HEAT, INK, QUIET, RULE, WIDE, colour, drawing, line, number, stroke, tag, text
 from sparsekit.numerals import significant
 from sparsekit.scales import Scale, shown
 
-COLOURS = ("#1f5fa6", "#bf4c0b", "#1b7a58", "#84489e", "#8a6500", "#5c5f66")
-DASHES = ("", "6 3", "2 2.5", "9 3 2 3", "4 2", "1 2")  # told apart without colour, as on paper
-INK, QUIET, RULE = "var(--ink, #1c1e21)", "var(--quiet, #5d636b)", "var(--rule, #d9dce0)"
-HEAT = "var(--heat, #a8330f)"
-FONT = 11  # pixels
-WIDE = 6.1  # pixels a character takes, on the generous side; SVG cannot measure text
 EMPTY = "nothing was recorded"
 
 
@@ -86,17 +77,6 @@ class Axes:
     height: int = 230
 
 
-def tag(name: str, attributes: Mapping[str, Any], *children: str) -> Markup:
-    """One element; attributes and children that are no Markup are escaped."""
-    given = Markup(" ").join(Markup('{}="{}"').format(key, _number(value)) for key, value in attributes.items())
-    return Markup("<{0} {1}>{2}</{0}>").format(Markup(name), given, Markup("").join(map(escape, children)))
-
-
-def text(x: float, y: float, content: str, anchor: str = "start", fill: str = QUIET) -> Markup:
-    """A line of text."""
-    return tag("text", {"x": x, "y": y, "text-anchor": anchor, "style": f"fill:{fill}"}, content)
-
-
 def line_chart(series: Sequence[Series], axes: Axes) -> Markup:
     """Lines over a common axis; a single point is drawn as a dot."""
     return _chart(series, axes, joined=True, frontier=())
@@ -118,10 +98,10 @@ def pareto(points: Iterable[Point]) -> list[Point]:
 
 
 def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequence[Point]) -> Markup:
-    legend, rows = _legend([one.label for one in series], axes.width)
+    legend, rows = _legend([one.label for one in series], axes.width, joined=joined)
     points = [point for one in series for point in one.points if _drawn(point, axes)]
     heights = [point.y + side * point.reach for point in points for side in (-1, 0, 1)]
-    top, bottom = 22.0 + 16 * rows, axes.height - 34.0
+    top, bottom = 26.0 + 16 * rows, axes.height - 34.0
     upright = Scale.fit(heights, bottom, top, log=axes.log_y)
     left = 10 + WIDE * max(map(len, upright.labels()), default=1)
     right = axes.width - (14.0 if joined else 24.0)
@@ -134,33 +114,19 @@ def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequ
     for index, one in enumerate(series):
         held = _runs(one.points, axes)
         parts.append(_series(held, across, upright, index, joined=joined))
-    return _drawing(parts, axes.title, axes.width, axes.height)
-
-
-def _drawing(parts: Iterable[Markup], title: str, width: float, height: float) -> Markup:
-    attributes = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": f"0 0 {_number(width)} {_number(height)}",
-        "width": width,
-        "height": height,
-        "role": "img",
-        "aria-label": title,
-        "font-size": FONT,
-        "font-family": "system-ui, sans-serif",
-    }
-    return tag("svg", attributes, *parts)
+    return drawing(parts, axes.title, axes.width, axes.height)
 
 
 def _grid(across: Scale, upright: Scale) -> Iterable[Markup]:
     for tick, label in zip(upright.ticks, upright.labels(), strict=True):
-        yield _line(across.start, upright(tick), across.end, upright(tick), f"stroke:{RULE}")
+        yield line(across.start, upright(tick), across.end, upright(tick), f"stroke:{RULE}")
         yield text(across.start - 6, upright(tick) + 4, label, "end")
     for tick, label in zip(across.ticks, across.labels(), strict=True):
-        yield _line(across(tick), upright.start, across(tick), upright.start + 4, f"stroke:{QUIET}")
+        yield line(across(tick), upright.start, across(tick), upright.start + 4, f"stroke:{QUIET}")
         yield text(across(tick), upright.start + 16, label, "middle")
 
 
-def _legend(labels: Sequence[str], width: float) -> tuple[Markup, int]:
+def _legend(labels: Sequence[str], width: float, *, joined: bool) -> tuple[Markup, int]:
     """Swatches with labels, and the rows they take; one series needs none."""
     if len(labels) < 2:
         return Markup(""), 0
@@ -170,13 +136,15 @@ def _legend(labels: Sequence[str], width: float) -> tuple[Markup, int]:
         if x and x + room > width:
             x, row = 0.0, row + 1
         y = 11 + 16 * row
-        parts += [_line(x, y - 4, x + 20, y - 4, _stroke(index)), text(x + 25, y, label, fill=INK)]
+        dot = {"cx": x + 14, "cy": y - 4, "r": 4, "style": f"fill:{colour(index)}"}
+        swatch = line(x, y - 4, x + 20, y - 4, stroke(index)) if joined else tag("circle", dot)
+        parts += [swatch, text(x + 25, y, label, fill=INK)]
         x += room + 8
     return Markup("").join(parts), row
 
 
 def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, index: int, *, joined: bool) -> Markup:
-    style, parts = _stroke(index), []
+    style, parts = stroke(index), []
     for run in runs:
         parts += [_bar(point, across, upright, index) for point in run if point.reach]
         if joined and len(run) > 1:
@@ -184,7 +152,7 @@ def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, inde
             continue
         for point in run:
             x, y = across(point.x), upright(point.y)
-            dot = {"cx": x, "cy": y, "r": 3 if joined else 4, "style": f"fill:{_colour(index)}"}
+            dot = {"cx": x, "cy": y, "r": 3 if joined else 4, "style": f"fill:{colour(index)}"}
             named = f"{point.label} ({significant(point.x, 4)}, {significant(point.y, 4)})".strip()
             parts.append(tag("circle", dot, tag("title", {}, named)))
             if point.label:
@@ -199,10 +167,10 @@ def _beside(x: float, y: float, label: str, end: float) -> Markup:
 
 
 def _bar(point: Point, across: Scale, upright: Scale, index: int) -> Markup:
-    x, style = across(point.x), f"stroke:{_colour(index)};stroke-width:1.2"
+    x, style = across(point.x), f"stroke:{colour(index)};stroke-width:1.2"
     bottom, top = upright(max(point.y - point.reach, upright.low)), upright(point.y + point.reach)
-    ends = [_line(x - 3, y, x + 3, y, style) for y in (bottom, top)]
-    return Markup("").join([_line(x, bottom, x, top, style), *ends])
+    ends = [line(x - 3, y, x + 3, y, style) for y in (bottom, top)]
+    return Markup("").join([line(x, bottom, x, top, style), *ends])
 
 
 def _runs(points: Sequence[Point], axes: Axes) -> list[list[Point]]:
@@ -221,28 +189,8 @@ def _drawn(point: Point, axes: Axes) -> bool:
 
 
 def _path(points: Sequence[Point], across: Scale, upright: Scale, style: str) -> Markup:
-    where = " ".join(f"{_number(across(point.x))},{_number(upright(point.y))}" for point in points)
+    where = " ".join(f"{number(across(point.x))},{number(upright(point.y))}" for point in points)
     return tag("polyline", {"points": where, "style": f"fill:none;{style}"})
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
-    return tag("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "style": style})
-
-
-def _colour(index: int) -> str:
-    place = index % len(COLOURS)
-    return f"var(--series-{place + 1}, {COLOURS[place]})"
-
-
-def _stroke(index: int) -> str:
-    dashes = DASHES[index % len(DASHES)]
-    pattern = f";stroke-dasharray:{dashes}" if dashes else ""
-    return f"stroke:{_colour(index)};stroke-width:1.6;stroke-linejoin:round{pattern}"
-
-
-def _number(value: Any) -> Any:
-    """Pixels with one decimal; text as it is."""
-    return f"{round(value, 1):g}" if isinstance(value, (int, float)) else value
 
 
 def heat_map(
@@ -280,8 +228,8 @@ def heat_map(
             x, y = left + side * column, top + side * row
             parts.append(_cell(cells.get((row, column)), x, y, side, shade))
     below = top + side * len(rows) + 8
-    parts.append(_key(min(values), max(values), left, below, log=log) if values else text(left, below + 11, EMPTY))
-    return _drawing(parts, title, max(left + side * len(columns) + 4, left + 250), below + 18)
+    key, end = _key(values, left, below, log=log)
+    return drawing([*parts, key], title, max(left + side * len(columns) + 4, end), below + 18)
 
 
 def _cell(cell: HeatCell | None, x: float, y: float, side: float, shade: Scale) -> Markup:
@@ -293,12 +241,14 @@ def _cell(cell: HeatCell | None, x: float, y: float, side: float, shade: Scale) 
     return tag("rect", {**place, "style": f"fill:{HEAT};fill-opacity:{opacity}"}, tag("title", {}, cell.title))
 
 
-def _key(low: float, high: float, x: float, y: float, *, log: bool) -> Markup:
-    """Six shades between the smallest and the largest value."""
-    start = x + 6 + WIDE * len(significant(low))
-    parts = [text(x, y + 11, significant(low))]
+def _key(values: Sequence[float], x: float, y: float, *, log: bool) -> tuple[Markup, float]:
+    """Six shades between the smallest and the largest value, and where they end."""
+    if not values:
+        return text(x, y + 11, EMPTY), x + WIDE * len(EMPTY)
+    low, high = significant(min(values)), significant(max(values)) + (" (logarithmic)" if log else "")
+    start = x + 6 + WIDE * len(low)
+    parts = [text(x, y + 11, low), text(start + 114, y + 11, high)]
     for index in range(6):
         style = f"fill:{HEAT};fill-opacity:{0.1 + 0.9 * index / 5:.2f}"
         parts.append(tag("rect", {"x": start + 18 * index, "y": y + 2, "width": 18, "height": 10, "style": style}))
-    ending = f"{significant(high)} (logarithmic)" if log else significant(high)
-    return Markup("").join([*parts, text(start + 18 * 6 + 6, y + 11, ending)])
+    return Markup("").join(parts), start + 114 + WIDE * len(high)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsekit.findings import paired_change
-from sparsekit.numerals import change, duration, megabytes, percent, perplexity, significant
+from sparsekit.numerals import JOINED, change, duration, megabytes, percent, perplexity, significant
 
 Tone = Literal["", "good", "bad", "quiet", "strong"]
 Record = Mapping[str, Any]
@@ -90,7 +90,7 @@ def _step_row(step: Record, texts: Sequence[str]) -> list[Cell]:
     groups, broken = step["groups"], step["violations"]
     counted = Cell(f"{broken:,} of {groups:,}", tone="bad" if broken else "good") if groups else Cell("–")
     row = [
-        Cell(f"{step['index'] + 1} {step['method']}", step.get("source") or "", "strong"),
+        Cell(f"{step['index'] + 1}{JOINED}{step['method']}", step.get("source") or "", "strong"),
         Cell(step["pattern"] or "–"),
         Cell(f"{step['sparsity']:.4f}", f"share of exact zeros {step['sparsity']}"),
         Cell("/".join(map(str, step["bits"])) or "–"),
