@@ -1,0 +1,162 @@
+"""Scores of a model: perplexity, and agreement with the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsekit.errors import NumericsError
+
+CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Perplexity of a model on the windows of a text.
+
+    Attributes:
+        losses: Mean next-token loss of every window in nats, float64 [windows].
+        seq_len: Tokens of a window; the first is given, the others are predicted.
+    """
+
+    losses: Tensor
+    seq_len: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats per token."""
+        return float(self.losses.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss."""
+        return float(self.losses.mean().exp())
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the mean loss over windows, whose tokens are not independent; None for one window."""
+        count = len(self.losses)
+        return None if count < 2 else float(self.losses.std()) / count**0.5
+
+    @property
+    def protocol(self) -> str:
+        """How the number came to be."""
+        predicted = self.seq_len - 1
+        return (
+            f"mean of the {predicted} next-token losses of {len(self.losses)} windows of {self.seq_len} tokens, "
+            "non-overlapping, no BOS, last partial window dropped; float32 log-softmax"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The score for JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "stderr": self.stderr,
+            "tokens": len(self.losses) * (self.seq_len - 1),
+            "windows": len(self.losses),
+            "seq_len": self.seq_len,
+            "protocol": self.protocol,
+            "window_losses": [round(loss, 6) for loss in self.losses.tolist()],
+        }
+
+
+def perplexity(
+    forward: Callable[[Tensor], Tensor], windows: Tensor, *, batch: int, progress: Callable[[int, int], None]
+) -> Score:
+    """Score a model on windows of tokens.
+
+    Args:
+        forward: From tokens int [batch, seq_len] to logits [batch, seq_len, vocabulary].
+        windows: Tokens int [windows, seq_len], seq_len >= 2.
+        batch: Windows of one forward; fix it across the arms of a comparison, it moves the last digits.
+        progress: Called with (windows done, windows in all).
+    Raises:
+        NumericsError: A loss is not finite; the message gives the window.
+    """
+    losses = []
+    for start in range(0, len(windows), batch):
+        tokens = windows[start : start + batch]
+        found = window_losses(forward(tokens), tokens)
+        if not bool(found.isfinite().all()):
+            first = start + int((~found.isfinite()).nonzero()[0])
+            raise NumericsError(f"the loss on window {first} is not finite: the model's logits overflow or are NaN")
+        losses.append(found)
+        progress(min(start + batch, len(windows)), len(windows))
+    return Score(torch.cat(losses), windows.shape[1])
+
+
+def window_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean next-token loss of every window in nats, float64 [batch] on the CPU.
+
+    Args:
+        logits: [batch, seq_len, vocabulary], any float dtype.
+        tokens: int [batch, seq_len].
+    """
+    targets = tokens.to(logits.device, torch.int64)
+    sums = torch.zeros(len(tokens), dtype=torch.float64, device=logits.device)
+    for index in range(len(tokens)):
+        for rows in _chunks(logits.shape[1] - 1, logits.shape[2]):
+            predicted = logits[index, rows].float()  # [rows, vocabulary]
+            wanted = targets[index, rows.start + 1 : rows.stop + 1]
+            sums[index] += functional.cross_entropy(predicted, wanted, reduction="none").double().sum()
+    return sums.cpu() / (tokens.shape[1] - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far a model's predictions are from the dense model's; sums, so that parts can be added.
+
+    Attributes:
+        divergence: Sum over tokens of KL(dense || student) in nats.
+        agreed: Tokens whose most likely prediction is the same.
+        tokens: Predictions compared.
+    """
+
+    divergence: float = 0.0
+    agreed: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(self.divergence + other.divergence, self.agreed + other.agreed, self.tokens + other.tokens)
+
+    @property
+    def kl(self) -> float:
+        """KL(dense || student), mean nats per token."""
+        return self.divergence / self.tokens
+
+    @property
+    def top1(self) -> float:
+        """Share of tokens on which both put the same token first."""
+        return self.agreed / self.tokens
+
+
+def agreement(student_logits: Tensor, dense_logits: Tensor) -> Agreement:
+    """Compare the predictions of a model with the dense model's, position by position.
+
+    Every position counts, the last of a window too: both models predict there, no target is needed.
+
+    Args:
+        student_logits: [..., vocabulary], any float dtype. Not modified.
+        dense_logits: Same shape.
+    """
+    student = student_logits.reshape(-1, student_logits.shape[-1])
+    dense = dense_logits.reshape(-1, dense_logits.shape[-1]).to(student.device)
+    total = Agreement()
+    for rows in _chunks(*student.shape):
+        ours, theirs = student[rows].float().log_softmax(-1), dense[rows].float().log_softmax(-1)
+        divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).double().sum()
+        same = (student[rows].argmax(-1) == dense[rows].argmax(-1)).sum()
+        total += Agreement(float(divergence), int(same), len(ours))
+    return total
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of rows whose float32 logits stay within `CHUNK`."""
+    step = max(1, CHUNK // vocabulary)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
