@@ -14,13 +14,14 @@ from sparsekit.svg import Axes, HeatCell, Point, Series, heat_map, line_chart
 Record = Mapping[str, Any]
 
 CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    ("Training loss", "nats per token", {"loss": "loss", "kl": "KL to the dense model", "ce": "cross-entropy"}),
+    ("Training loss", "mean per token", {"loss": "loss", "kl": "KL to the dense model", "ce": "cross-entropy"}),
     ("Held-out perplexity", "perplexity", {"valid_perplexity": "held-out perplexity"}),
     (
         "Mask entries that flip",
         "share of all entries",
         {"flip_rate": "since the last update", "initial_flip_rate": "since the first mask"},
     ),
+    ("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
     ("Learning rate", "", {"lr": "learning rate"}),
     ("Decay of pruned weights", "λ", {"decay": "λ"}),
 )

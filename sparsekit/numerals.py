@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+MANIFOLD = 10.0  # a change beyond this is written as a factor
 JOINED = "\u00a0"  # between a number and its unit: no line ends there
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
@@ -41,7 +42,7 @@ def change(value: float | None) -> str:
     """`+12.5 %`, `-0.3 %`; far more than that as `× 123`."""
     if value is None or not math.isfinite(value):
         return special(value)
-    if value >= 10:
+    if value >= MANIFOLD:
         return f"×{JOINED}{1 + value:,.0f}"
     decimals = 2 if abs(value) < 0.01 else 1
     return f"{100 * value:+.{decimals}f}{JOINED}%".replace("-", "−")

@@ -217,23 +217,25 @@ def heat_map(
     log = len(positive) == len(values) > 0 and max(values) > 20 * min(values)
     shade = Scale.fit(values, 0.1, 1.0, log=log, snug=True)
     side = next(size for most, size in ((16, 22), (28, 19), (48, 14), (10**9, 10)) if len(columns) <= most)
+    tall = max(side, 15)  # a row holds its label
     left, top = 8 + WIDE * max(map(len, [*rows, row_label]), default=0), 32.0
     parts = [text(left - 6, top - 5, row_label, "end"), text(left, 11, column_label)]
     every = max(1, math.ceil(WIDE * (1 + max(map(len, columns), default=0)) / side))
     for column in range(0, len(columns), every):
         parts.append(text(left + side * (column + 0.5), top - 5, columns[column], "middle"))
     for row, name in enumerate(rows):
-        parts.append(text(left - 6, top + side * (row + 0.5) + 4, name, "end", INK))
+        y = top + tall * row
+        parts.append(text(left - 6, y + tall / 2 + 4, name, "end", INK))
         for column in range(len(columns)):
-            x, y = left + side * column, top + side * row
-            parts.append(_cell(cells.get((row, column)), x, y, side, shade))
-    below = top + side * len(rows) + 8
+            parts.append(_cell(cells.get((row, column)), (left + side * column, y, side, tall), shade))
+    below = top + tall * len(rows) + 8
     key, end = _key(values, left, below, log=log)
     return drawing([*parts, key], title, max(left + side * len(columns) + 4, end), below + 18)
 
 
-def _cell(cell: HeatCell | None, x: float, y: float, side: float, shade: Scale) -> Markup:
-    place: dict[str, Any] = {"x": x + 0.5, "y": y + 0.5, "width": side - 1, "height": side - 1}
+def _cell(cell: HeatCell | None, box: tuple[float, float, float, float], shade: Scale) -> Markup:
+    x, y, wide, tall = box
+    place: dict[str, Any] = {"x": x + 0.5, "y": y + 0.5, "width": wide - 1, "height": tall - 1}
     if cell is None or not math.isfinite(cell.value):
         named = () if cell is None else (tag("title", {}, cell.title),)
         return tag("rect", {**place, "style": f"fill:none;stroke:{RULE}"}, *named)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparsekit.findings import paired_change
-from sparsekit.numerals import JOINED, change, duration, megabytes, percent, perplexity, significant
+from sparsekit.numerals import JOINED, MANIFOLD, change, duration, megabytes, percent, perplexity, significant
 
 Tone = Literal["", "good", "bad", "quiet", "strong"]
 Record = Mapping[str, Any]
@@ -69,13 +69,14 @@ def numbers(*titles: str) -> list[Column]:
 
 
 def score(value: Record | None) -> Cell:
-    """`41.293 ± 0.412`, one standard error over the windows."""
+    """`41.293 ± 0.412`: one standard error over the windows, that of the mean loss times the perplexity."""
     if value is None:
         return Cell("–", "not measured", "quiet")
-    spread = value.get("stderr")
-    known = spread is not None and math.isfinite(spread)
-    text = perplexity(value["perplexity"])
-    return Cell(f"{text} ± {perplexity(spread)}" if known else text, f"perplexity {value['perplexity']}")
+    level, spread = value["perplexity"], value.get("stderr")
+    title = f"perplexity {level}; loss {value['loss']} ± {spread} nats per token"
+    if spread is None or not math.isfinite(spread * level):
+        return Cell(perplexity(level), title)
+    return Cell(f"{perplexity(level)} ± {perplexity(spread * level)}", title)
 
 
 def step_table(report: Record) -> Table:
@@ -119,18 +120,24 @@ def perplexity_table(report: Record) -> Table:
     for name, dense in report["dense"].items():
         final = report["final"].get(name)
         rise, spread = (None, None) if final is None else paired_change(dense, final)
-        known = f" ± {percent(spread)}" if spread is not None else ""
         rows.append(
             [
                 Cell(name),
                 score(dense),
                 score(final),
-                Cell(change(rise) + known, "" if rise is None else f"{rise:+.6f}", "strong"),
+                Cell(_with_error(rise, spread), "" if rise is None else f"{rise:+.6f}", "strong"),
                 Cell(f"{dense['windows']:,} × {dense['seq_len']:,}"),
                 Cell(f"{dense['tokens']:,}"),
             ]
         )
     return Table("Perplexity, dense model and result", columns, rows)
+
+
+def _with_error(rise: float | None, spread: float | None) -> str:
+    """A change and its standard error, in the same unit."""
+    if rise is None or spread is None:
+        return change(rise)
+    return f"{change(rise)} ± {percent(spread) if rise < MANIFOLD else significant(spread)}"
 
 
 def bytes_table(exports: Sequence[Record]) -> Table:
