@@ -19,13 +19,14 @@ def locate(path: str, *, allow_network: bool = False) -> Path:
     """The directory a model path means.
 
     Raises:
-        ModelError: It does not exist; the message names the nearest sibling.
+        ModelError: It does not exist; the message names the nearest sibling that holds a model.
     """
     if path.startswith("builtin:"):
         name = path.removeprefix("builtin:")
-        names = [entry.name for entry in ASSETS.iterdir() if (entry / "config.json").is_file()]
+        names = _models(ASSETS)
         if name not in names:
-            raise ModelError(f"no built-in model {name!r}; there is {', '.join(names)}.{nearest(name, names)}")
+            there = ", ".join(names) or "none in this installation"
+            raise ModelError(f"no built-in model {name!r}; there is {there}.{nearest(name, names)}")
         return ASSETS / name
     directory = Path(path).expanduser()
     if directory.is_dir():
@@ -34,9 +35,13 @@ def locate(path: str, *, allow_network: bool = False) -> Path:
         return directory.resolve()
     if allow_network and not directory.is_absolute():
         return _download(path)
-    siblings = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
-    hint = nearest(directory.name, siblings)
+    hint = nearest(directory.name, _models(directory.parent))
     raise ModelError(f"model {path} is no directory.{hint} A hub id needs allow_network: true in the recipe")
+
+
+def _models(parent: Path) -> list[str]:
+    """Names of the model directories in a directory, which need not exist; sorted, for messages that stay the same."""
+    return sorted(config.parent.name for config in parent.glob("*/config.json"))
 
 
 def _download(name: str) -> Path:

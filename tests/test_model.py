@@ -50,7 +50,8 @@ def test_what_is_written_back_loads_as_the_same_model(family, tmp_path):
     tensors = view.rest_to_hf()
     for index in range(len(view.blocks)):
         tensors |= view.to_hf(index, view.dense_block(index))
-    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     view.config.save_pretrained(tmp_path)
     with torch.inference_mode():
         assert torch.equal(load(name, tmp_path)(TOKENS).logits, load(name, directory)(TOKENS).logits)
@@ -134,7 +135,7 @@ def test_a_quantized_producer_refuses_a_scale(llama):
     from sparsekit.methods.rtn import rtn
 
     view = ModelView.open(llama)
-    groups, producers = structure(view)
+    _, producers = structure(view)
     block = view.dense_block(0)
     producer = producers[1]
     assert isinstance(producer, Producer)
@@ -153,17 +154,24 @@ def test_rest_can_be_replaced_and_returns(llama):
     assert torch.equal(view.rest()[name], original)
 
 
-def test_missing_directory_names_the_nearest(llama):
-    with pytest.raises(ModelError, match=f"Did you mean {llama.name!r}"):
-        ModelView.open(str(llama)[:-1] + "X")
+def test_missing_directory_names_the_nearest(llama, tmp_path, monkeypatch):
+    (tmp_path / "llama-2").symlink_to(llama)
+    (tmp_path / "llama-3").mkdir()  # as near, and no model
+    with pytest.raises(ModelError, match=r"no directory\. Did you mean 'llama-2'"):
+        ModelView.open(tmp_path / "llama-X")
+    with pytest.raises(ModelError, match=r"no directory\. A hub id"):
+        ModelView.open(tmp_path / "nowhere" / "llama-2")
     with pytest.raises(ModelError, match="there is tiny"):
         ModelView.open("builtin:tinny")
+    monkeypatch.setattr("sparsekit.locate.ASSETS", tmp_path / "nowhere")  # a checkout without the embedded model
+    with pytest.raises(ModelError, match="no built-in model 'tiny'; there is none"):
+        ModelView.open("builtin:tiny")
 
 
 def test_damaged_models_are_named(llama, tmp_path):
     config = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="no .safetensors weights"):
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
         ModelView.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="pickle"):
