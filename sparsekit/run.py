@@ -20,12 +20,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparsekit import __version__
+from sparsekit import __version__, evaluate
 from sparsekit.chain import Chain
 from sparsekit.checkpoint import RunLock, StepStore, read_json, remove_temporaries, write_json, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
 from sparsekit.errors import GateError, RecipeError
-from sparsekit.evaluate import lm_eval_scores, perplexity
+from sparsekit.evaluate import perplexity
 from sparsekit.export import export_dense, export_gptq, verify_dense
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
@@ -274,7 +274,7 @@ class Run:
         scores = {}
         for label, arm in (("dense", Chain(self.view)), ("final", chain)):
             with arm.forward():
-                scores[label] = lm_eval_scores(
+                scores[label] = evaluate.lm_eval_scores(
                     self.view.module,
                     self.tokenizer,
                     wanted.tasks,
