@@ -1,4 +1,4 @@
-"""Scores of a model: perplexity, and agreement with the dense model."""
+"""Scores of a model: perplexity, agreement with the dense model, and zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.errors import NumericsError
+from sparsekit.zeroshot import lm_eval_scores
+
+__all__ = ["Agreement", "Score", "agreement", "lm_eval_scores", "perplexity", "window_losses"]
 
 CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MB
 
