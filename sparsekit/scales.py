@@ -94,7 +94,8 @@ def linear_ticks(low: float, high: float, marks: int = 5) -> list[float]:
         return [low]
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in STEPS if factor * unit >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # a value that float32 rounded away from a tick still counts as on it
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 

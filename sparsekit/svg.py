@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sparsekit.marks import HEAT, INK, QUIET, RULE, WIDE, colour, drawing, line, number, stroke, tag, text
+from sparsekit.marks import FONT, HEAT, INK, QUIET, RULE, WIDE, colour, drawing, line, number, stroke, tag, text
 from sparsekit.numerals import significant
 from sparsekit.scales import Scale, shown
 
@@ -74,7 +74,7 @@ class Axes:
     log_x: bool = False
     log_y: bool = False
     width: int = 440
-    height: int = 230
+    height: int = 234
 
 
 def line_chart(series: Sequence[Series], axes: Axes) -> Markup:
@@ -101,7 +101,7 @@ def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequ
     legend, rows = _legend([one.label for one in series], axes.width, joined=joined)
     points = [point for one in series for point in one.points if _drawn(point, axes)]
     heights = [point.y + side * point.reach for point in points for side in (-1, 0, 1)]
-    top, bottom = 26.0 + 16 * rows, axes.height - 34.0
+    top, bottom = 26.0 + 16 * rows, axes.height - 38.0
     upright = Scale.fit(heights, bottom, top, log=axes.log_y)
     left = 10 + WIDE * max(map(len, upright.labels()), default=1)
     right = axes.width - (14.0 if joined else 24.0)
@@ -114,6 +114,8 @@ def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequ
     for index, one in enumerate(series):
         held = _runs(one.points, axes)
         parts.append(_series(held, across, upright, index, joined=joined))
+    if not joined:
+        parts += _names(points, across, upright)
     return drawing(parts, axes.title, axes.width, axes.height)
 
 
@@ -155,15 +157,34 @@ def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, inde
             dot = {"cx": x, "cy": y, "r": 3 if joined else 4, "style": f"fill:{colour(index)}"}
             named = f"{point.label} ({significant(point.x, 4)}, {significant(point.y, 4)})".strip()
             parts.append(tag("circle", dot, tag("title", {}, named)))
-            if point.label:
-                parts.append(_beside(x, y, point.label, across.end))
     return tag("g", {"class": f"series-{index + 1}"}, *parts)
 
 
-def _beside(x: float, y: float, label: str, end: float) -> Markup:
-    """A label right of its point, or left of it where it would leave the drawing."""
-    fits = x + 8 + WIDE * len(label) <= end + 20
-    return text(x + 8 if fits else x - 8, y - 5, label, "start" if fits else "end", INK)
+def _names(points: Sequence[Point], across: Scale, upright: Scale) -> Iterable[Markup]:
+    """The label of each point, at the first of four places beside it where no other label or point is.
+
+    From the top down: of two near points the upper one is labelled above, the lower one below.
+    """
+    points = sorted(points, key=lambda point: -point.y)
+    dots = [(across(point.x), upright(point.y)) for point in points]
+    taken: list[tuple[float, float, float]] = [(x - 4, x + 4, y + 4) for x, y in dots]  # left, right, baseline
+    for point, (x, y) in zip(points, dots, strict=True):
+        if not point.label:
+            continue
+        room = WIDE * len(point.label)
+        places = [(x + 8, y - 5), (x + 8, y + 13), (x - 8 - room, y - 5), (x - 8 - room, y + 13)]
+        inside = [(left, base) for left, base in places if left >= 0 and left + room <= across.end + 24] or places[:1]
+        free = [
+            (left, base)
+            for left, base in inside
+            if not any(
+                left < right and start < left + room and abs(base - other) < FONT for start, right, other in taken
+            )
+        ]
+        left, base = (free or inside)[0]
+        taken.append((left, left + room, base))
+        right_hand = left > x
+        yield text(left if right_hand else x - 8, base, point.label, "start" if right_hand else "end", INK)
 
 
 def _bar(point: Point, across: Scale, upright: Scale, index: int) -> Markup:
@@ -247,7 +268,7 @@ def _key(values: Sequence[float], x: float, y: float, *, log: bool) -> tuple[Mar
     """Six shades between the smallest and the largest value, and where they end."""
     if not values:
         return text(x, y + 11, EMPTY), x + WIDE * len(EMPTY)
-    low, high = significant(min(values)), significant(max(values)) + (" (logarithmic)" if log else "")
+    low, high = significant(min(values)), significant(max(values)) + (" (log)" if log else "")
     start = x + 6 + WIDE * len(low)
     parts = [text(x, y + 11, low), text(start + 114, y + 11, high)]
     for index in range(6):

@@ -55,9 +55,10 @@ def test_any_points_make_a_drawing(draw, log, held):
 def test_labels_are_escaped_and_shown():
     axes = Axes(HOSTILE, HOSTILE, HOSTILE)
     series = [Series(HOSTILE, [Point(1, 2, label=HOSTILE), Point(2, 3)]), Series("b", points((1, 1)))]
-    for root in (parse(scatter_chart(series, axes)), parse(line_chart(series, axes))):
+    for draw, times in ((scatter_chart, 4), (line_chart, 3)):  # both axes, the legend, the point
+        root = parse(draw(series, axes))
         assert root.attrib["aria-label"] == HOSTILE
-        assert texts(root).count(HOSTILE) >= 3
+        assert texts(root).count(HOSTILE) == times
     root = parse(heat_map([HOSTILE], [HOSTILE], {(0, 0): HeatCell(1.0, HOSTILE)}, title=HOSTILE))
     assert HOSTILE in [element.text for element in root.iter(f"{SVG}title")]
 
@@ -93,6 +94,14 @@ def test_pareto_keeps_what_nothing_beats():
     assert len(next(root.iter(f"{SVG}polyline")).attrib["points"].split()) == 3
 
 
+def test_labels_of_near_points_stand_apart():
+    near = [Point(10, 28.4, label="gptq"), Point(9.9, 29.2, label="ast + gptq"), Point(40, 60, label="far")]
+    root = parse(scatter_chart([Series("a", near)], Axes("t", "x", "y")))
+    placed = {element.text: element.attrib for element in root.iter(f"{SVG}text")}
+    first, second = placed["gptq"], placed["ast + gptq"]
+    assert float(first["y"]) - float(second["y"]) >= 11  # the lower point has the lower label
+
+
 @pytest.mark.parametrize("columns", [1, 12, 28, 48, 126])
 def test_heat_map_is_darker_for_more(columns):
     cells = {(0, column): HeatCell(float(column + 1), f"block {column}") for column in range(columns)}
@@ -116,8 +125,8 @@ def test_heat_map_of_anything(values):
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7), (27.5, 29.2), (1e-9, 3e-9), (0, 26_214_400), (1e12, 3e12)])
 def test_linear_ticks_are_few_and_enclose(low, high):
     ticks = linear_ticks(low, high)
-    assert ticks[0] <= low + 1e-9 * abs(low)
-    assert ticks[-1] >= high - 1e-9 * abs(high)
+    assert ticks[0] <= low + 1e-6 * (high - low)
+    assert ticks[-1] >= high - 1e-6 * (high - low)
     assert 3 <= len(ticks) <= 8
     assert len(set(tick_labels(ticks))) == len(ticks)
 
@@ -136,6 +145,7 @@ def test_labels_read_well():
     assert tick_labels([0, 10_000_000, 20_000_000]) == ["0", "10 M", "20 M"]
     assert tick_labels([0.0, 2e-4, 1e-3]) == ["0", "2e−4", "1e−3"]
     assert tick_labels([1e-4, 1e-2, 1]) == ["0.0001", "0.01", "1"]
+    assert linear_ticks(0.0, 1.0000000475e-3)[-1] == 1e-3  # a float32
     assert tick_labels([-0.5, 0, 0.5]) == ["−0.5", "0", "0.5"]
 
 
