@@ -44,26 +44,41 @@ def solve_block(
         grid: Scale and zero-point of every entry, [columns, out]; None without rounding.
     """
     weight, error = weight.clone(), torch.empty_like(weight)
-    codes = None if grid is None else torch.empty_like(weight)
-    step = 1
+    step = pattern.m if pattern else 1
+    drop = None if keep is None else ~keep
     if pattern:
-        step, keep = pattern.m, torch.empty_like(weight, dtype=torch.bool)
+        drop = torch.empty_like(weight, dtype=torch.bool)
     diagonal = factor.diagonal().unsqueeze(1)  # [columns, 1]
+    moved = factor / diagonal  # U_ij / U_ii: what w_j takes of w_i - q_i
+    columns, lost = weight.unbind(), error.unbind()
+    dropped = None if drop is None else drop.unbind()
+    grids = [] if grid is None else [Grid(s, z, grid.bits) for s, z in zip(grid.scale, grid.zero, strict=True)]
+    codes: list[Tensor] = []
     for start, stop in spans(0, len(weight), SUB_BLOCK, step, step):
         for i in range(start, stop):
-            if pattern and keep is not None and i % step == 0:
-                keep[i : i + step] = best((weight[i : i + step] / diagonal[i : i + step]).abs(), pattern.n)
-            value = weight[i].clone()
-            if grid is not None and codes is not None:
-                codes[i], weight[i] = _rounded(value, Grid(grid.scale[i], grid.zero[i], grid.bits))
-            if keep is not None:
-                weight[i].masked_fill_(~keep[i], 0.0)
-            error[i] = (value - weight[i]) / factor[i, i]
-            weight[i + 1 : stop].addcmul_(factor[i, i + 1 : stop].unsqueeze(1), error[i], value=-1)
-        propagate(weight, factor, error, start, stop, len(weight))
-    if codes is not None and grid is not None and keep is not None:
-        codes = torch.where(keep, codes, grid.zero.to(codes.dtype))  # the code of exactly 0
-    return Solved(weight, error, keep, codes)
+            if pattern and drop is not None and i % step == 0:
+                group = slice(i, i + step)
+                drop[group] = ~best(weight[group].abs() / diagonal[group], pattern.n)
+            value = columns[i]
+            if grids:
+                code, value = _rounded(value, grids[i])
+                codes.append(code)
+            if dropped is not None:
+                value = value.masked_fill(dropped[i], 0.0)
+            torch.sub(columns[i], value, out=lost[i])
+            columns[i].copy_(value)
+            weight[i + 1 : stop].addcmul_(moved[i, i + 1 : stop, None], lost[i], value=-1)
+        propagate(weight, moved, error, start, stop, len(weight))
+    keep = None if drop is None else ~drop
+    return Solved(weight, error / diagonal, keep, _codes(codes, grid, drop))
+
+
+def _codes(columns: list[Tensor], grid: Grid | None, drop: Tensor | None) -> Tensor | None:
+    """Codes of a block, those of pruned entries being the zero-point."""
+    if grid is None:
+        return None
+    codes = torch.stack(columns)
+    return codes if drop is None else torch.where(drop, grid.zero.to(codes.dtype), codes)
 
 
 def best(score: Tensor, count: int) -> Tensor:
