@@ -1,11 +1,14 @@
 """Sample the texts that ship with sparsekit from the embedded dense model itself.
 
-    python scripts/sample_text.py
+    python scripts/sample_text.py [--device cuda]
 
 The project ships no text of others. Documents are drawn at temperature 1 from the model's own
 distribution (no top-k, no top-p: the texts stand for what the model has learnt, tails included),
 128 at a time, until the model ends them or they reach 512 tokens. They are written one after
 another, each closed by a line `<|endoftext|>`.
+
+The same seeds draw other documents on another device. What ships was drawn on the CPU
+(calibration, heldout) and on CUDA (train).
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ TEXTS = {"calibration": (1, 1), "heldout": (2, 1), "train": (3, 6)}  # seed, bat
 @torch.inference_mode()
 def sample(model: PreTrainedModel, batch: int, length: int, seed: int) -> list[list[int]]:
     """Token ids of `batch` documents, without the end-of-text token."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     end = model.config.eos_token_id
-    token = torch.full((batch, 1), end)
+    token = torch.full((batch, 1), end, device=model.device)
     drawn, cache = [], None
     for _ in range(length):
         output = model(token, past_key_values=cache, use_cache=True)
@@ -60,8 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(TEXTS))
     parser.add_argument("--out", type=Path, default=ASSETS / "text")
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny", dtype=torch.float32).to(given.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny")
     for name in given.names:
         write(model, tokenizer, name, given.out)
