@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsekit.data import encoder
+from sparsekit.data import Encode, encoder
 from sparsekit.errors import DataError, ModelError, nearest
 from sparsekit.tasks import chosen, task_files
 
@@ -113,10 +113,15 @@ def _evaluate(module: nn.Module, tokenizer: Any, loaded: Any, limit: int | None)
     encode, _ = encoder(tokenizer)
     scores = {}
     for name, samples in found["samples"].items():
-        texts = ["".join(request) for row in samples for request in row["arguments"] if isinstance(request[1], str)]
-        long = sum(len(ids) > model.max_length for ids in encode(texts))
+        long = sum(_longest(encode, row["arguments"]) > model.max_length for row in samples)
         scores[name] = _score(found["results"][name], sorted(samples, key=lambda row: row["doc_id"]), long)
     return scores
+
+
+def _longest(encode: Encode, requests: Sequence[Any]) -> int:
+    """Tokens of the longest request of a document; what is generated does not count."""
+    texts = [context + (follows if isinstance(follows, str) else "") for context, follows in requests]
+    return max(map(len, encode(texts)))
 
 
 def _score(values: Mapping[str, Any], samples: list[Mapping[str, Any]], truncated: int) -> dict[str, Any]:
