@@ -7,30 +7,43 @@ plain loss keeps several such tensors. Here the head's product, the loss and its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekit.kernels import Kernels, loss_kernel
+
 CHUNK_ENTRIES = 2**25  # logits held at once: 4,096 tokens of an 8,192 vocabulary, 128 MB in float32
+CHUNK_ROWS = 128  # on CUDA a chunk is a multiple of it, the height of a tile of the head's product
 IGNORED = -100  # a target that has no cross-entropy, as in torch
+
+Direction = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """L = kl · T² · KL(teacher_T ‖ student_T) + (1 - kl) · CE, both means over tokens.
+    """L = kl · T² · KL + (1 - kl) · CE + hidden · SquareHead, divergence and cross-entropy means over tokens.
 
     Attributes:
         kl: Weight of the divergence from the teacher, in [0, 1]; cross-entropy gets the rest.
         temperature: T, divides the logits of both inside the divergence.
+        direction: `forward` is KL(teacher_T ‖ student_T), `reverse` KL(student_T ‖ teacher_T).
+        hidden: Weight of the distance of the blocks' outputs, see `hidden.square_head`; no part of the
+            functions below.
     """
 
     kl: float = 2 / 3
     temperature: float = 2.0
+    direction: Direction = "forward"
+    hidden: float = 0.0
+
+
+SliceLoss = Callable[[Tensor, Tensor | None, Tensor, Objective, int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def loss_reference(
@@ -52,23 +65,26 @@ def loss_reference(
     t = objective.temperature
     log_s = F.log_softmax(student.float() / t, -1)
     log_t = F.log_softmax(teacher.float() / t, -1)
+    if objective.direction == "reverse":
+        log_s, log_t = log_t, log_s
     kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
     return objective.kl * t**2 * kl + (1 - objective.kl) * ce, kl, ce
 
 
-def _slice_loss(
+def slice_loss_reference(
     student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, tokens: int, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of the divergence and the cross-entropy of a slice, and ∂L/∂student [rows, vocabulary].
 
     Args:
-        student: Logits [rows, vocabulary], float32.
+        student: Logits [rows, vocabulary].
         teacher: The same or None.
         targets: int64 [rows].
         objective: Weights.
         tokens: Rows of all slices together, the divisor of the divergence.
         counted: Rows of all slices that have a target, the divisor of the cross-entropy.
     """
+    student = student.float()
     log_s = F.log_softmax(student, -1)
     valid = targets != IGNORED
     safe = targets.clamp(min=0).unsqueeze(1)
@@ -79,9 +95,14 @@ def _slice_loss(
     grad.scatter_add_(1, safe, -weight)
     if teacher is None:
         return torch.zeros_like(ce), ce, grad
-    t = objective.temperature
+    t, teacher = objective.temperature, teacher.float()
     log_s = log_s if t == 1 else F.log_softmax(student / t, -1)
     log_t = F.log_softmax(teacher if t == 1 else teacher / t, -1)
+    if objective.direction == "reverse":
+        p_s, ratio = log_s.exp(), log_s - log_t
+        own = (p_s * ratio).sum(-1, keepdim=True)  # [rows, 1]
+        grad += p_s * (ratio - own) * (objective.kl * t / tokens)
+        return own.sum(), ce, grad
     p_t = log_t.exp()
     kl = (p_t * (log_t - log_s)).sum()
     grad += (log_s.exp() - p_t) * (objective.kl * t / tokens)
@@ -103,32 +124,38 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         objective: Objective,
         chunk: int,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = len(hidden)
         counted = (targets != IGNORED).sum().clamp(min=1)
+        low = hidden.is_cuda and head.dtype in (torch.bfloat16, torch.float16)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        # the half-precision product accumulates in float32 inside and rounds once a chunk, as micro-batches do
+        grad_head = torch.zeros_like(head, dtype=head.dtype if low else torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         kl = torch.zeros((), device=hidden.device)
         ce = torch.zeros((), device=hidden.device)
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows], head, bias).float()
+            logits = F.linear(hidden[rows], head, bias)
             taught = None
             if teacher_hidden is not None and teacher_head is not None:
-                taught = F.linear(teacher_hidden[rows], teacher_head, teacher_bias).float()
+                taught = F.linear(teacher_hidden[rows], teacher_head, teacher_bias)
+            slice_loss = loss_kernel(kernels, logits) or slice_loss_reference
             part_kl, part_ce, grad = slice_loss(logits, taught, targets[rows], objective, tokens, counted)
+            del logits, taught
             kl += part_kl
             ce += part_ce
-            low = grad.to(hidden.dtype)
-            grad_hidden[rows] = low @ head
-            if low.is_cuda and low.dtype in (torch.bfloat16, torch.float16):
-                grad_head += torch.mm(low.t(), hidden[rows], out_dtype=torch.float32)
-            else:
-                grad_head.addmm_(low.t().float(), hidden[rows].float())
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype), grad_bias)
+                grad_bias += grad.sum(0, dtype=torch.float32)
+            grad = grad.to(hidden.dtype)
+            grad_hidden[rows] = grad @ head
+            if low:
+                grad_head.addmm_(grad.t(), hidden[rows])
+            else:
+                grad_head.addmm_(grad.t().float(), hidden[rows].float())
+            del grad  # before the next chunk's logits are made
+        ctx.made = [grad_hidden, grad_head.to(head.dtype), grad_bias]
         kl, ce = kl / tokens, ce / counted
         if teacher_hidden is None:
             return ce.clone(), kl, ce
@@ -137,17 +164,14 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        grad_hidden, grad_head, grad_bias = ctx.saved_tensors
-        scale = upstream[0]
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            grad_head * scale.to(grad_head.dtype),
-            None if grad_bias is None else (grad_bias * scale),
-            *([None] * 6),
-        )
-
-
-slice_loss = _slice_loss
+        if ctx.made is None:
+            raise RuntimeError("the gradient of the chunked loss has been taken already; it is not kept")
+        # handed over and not kept: a second gradient of the head does not fit beside the first
+        made, ctx.made = ctx.made, None
+        for grad in made:
+            if grad is not None:
+                grad.mul_(upstream[0].to(grad.dtype))
+        return (*made, *([None] * 7))
 
 
 def chunked_loss(
@@ -157,6 +181,7 @@ def chunked_loss(
     teacher_head: nn.Linear | None,
     targets: Tensor,
     objective: Objective,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, divergence and cross-entropy without a [tokens, vocabulary] tensor.
 
@@ -167,15 +192,18 @@ def chunked_loss(
         teacher_head: The teacher's head; the vocabulary must be the same.
         targets: int64 [tokens], `IGNORED` where there is no next token.
         objective: Weights.
+        kernels: Whether a Triton kernel makes the elementwise part on CUDA.
     Returns:
-        Three scalars; only the first carries a gradient.
+        Three scalars; only the first carries a gradient, and its backward runs once.
     """
     chunk = max(1, CHUNK_ENTRIES // head.weight.shape[0])
+    if hidden.is_cuda and chunk > CHUNK_ROWS:
+        chunk -= chunk % CHUNK_ROWS
     taught = teacher_hidden if objective.kl > 0 else None
     weight = None if teacher_head is None else teacher_head.weight.detach()
     bias = None if teacher_head is None or teacher_head.bias is None else teacher_head.bias.detach()
     loss, kl, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, taught, weight, bias, targets, objective, chunk
+        hidden, head.weight, head.bias, taught, weight, bias, targets, objective, chunk, kernels
     )
     return loss, kl.detach(), ce.detach()
 

@@ -8,137 +8,41 @@ module is changed and no autograd function is needed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sparsekit.kernels import Kernels, fused_optimizer
+from sparsekit.lowbits import (
+    Memory,
+    blocks_of,
+    packed_bits,
+    random_bits,
+    step_key,
+    stochastic_bfloat16,
+    stochastic_float8,
+    unpacked_bits,
+    widened,
+)
 from sparsekit.pattern import Pattern
+from sparsekit.update import DecayRule, Rule, SecondMoment, Step, adamw_, refreshed
 
-SecondMoment = Literal["momentum", "gradient"]
-DecayRule = Literal["l2", "l1"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What one optimizer step does; fixed for a run.
-
-    Attributes:
-        betas: Decay rates of the first and second moment.
-        eps: Added to the root of the second moment.
-        second_moment: What v averages for sparse weights: the square of the update `momentum` (the
-            paper's form) or of the `gradient` (as AdamW). Ordinary parameters always use the gradient.
-        decay_rule: `l2` pulls a pruned weight by λ·w, `l1` mixes λ·sign(w) into its momentum.
-        masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    second_moment: SecondMoment = "momentum"
-    decay_rule: DecayRule = "l2"
-    masked: bool = True
+__all__ = ["DecayRule", "Rule", "SecondMoment", "SparseAdamW", "Step", "adamw_", "clip_factor", "refreshed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The numbers of one step.
-
-    Attributes:
-        number: 1 for the first step, for bias correction.
-        lr: Learning rate.
-        decay: λ, the pull of pruned weights towards zero.
-        mix: Share of the `l1` rule in a pruned weight's direction, 0 to 1; unused by `l2`.
-        weight_decay: Ordinary decoupled weight decay of parameters with two or more dimensions.
-    """
-
-    number: int
-    lr: float
-    decay: float = 0.0
-    mix: float = 0.0
-    weight_decay: float = 0.0
-
-
-@torch.no_grad()
-def adamw_(
-    weight: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    mask: Tensor | None,
-    rule: Rule,
-    step: Step,
-) -> None:
-    """One step of one parameter, in place; the slow reference of the fused kernel.
-
-    With g the gradient, W the dense weight and M its mask (paper §3.2, released adamw.py:113-141 with
-    the mask as a bool):
-
-        W ← (1 - lr·wd) W
-        m ← β1 m + (1 - β1) g
-        u ← m + λ (¬M ⊙ W)                      l2
-        u ← (1 - mix) m + mix λ sign(W) on ¬M    l1 (CAST, arXiv:2509.25996)
-        v ← β2 v + (1 - β2) u²                   or g²
-        W ← W - lr / (1 - β1^k) · u / (sqrt(v / (1 - β2^k)) + eps)
-
-    The decay never enters m, so it is not remembered.
-
-    Args:
-        weight: float32 [...], the dense weight; updated.
-        grad: float32 [...], clipped already.
-        first: float32 [...], m; updated.
-        second: float32 [...], v; updated.
-        mask: bool [...], True = kept; None for an ordinary parameter.
-        rule: What to do.
-        step: With which numbers.
-    """
-    beta1, beta2 = rule.betas
-    if step.weight_decay and weight.dim() >= 2:
-        weight.mul_(1 - step.lr * step.weight_decay)
-    first.lerp_(grad, 1 - beta1)
-    direction = first
-    if mask is not None and step.decay:
-        if rule.decay_rule == "l2":
-            direction = first + (step.decay * weight).masked_fill_(mask, 0.0)
-        else:
-            pulled = torch.lerp(first, step.decay * weight.sign(), step.mix)
-            direction = torch.where(mask, first, pulled)
-    of = direction if mask is not None and rule.second_moment == "momentum" else grad
-    second.mul_(beta2).addcmul_(of, of, value=1 - beta2)
-    root = (second / (1 - beta2**step.number)).sqrt_().add_(rule.eps)
-    weight.addcdiv_(direction, root, value=-step.lr / (1 - beta1**step.number))
-
-
-@torch.no_grad()
-def refreshed(weight: Tensor, mask: Tensor, pattern: Pattern, importance: Tensor | None, hysteresis: float) -> Tensor:
-    """The mask of the largest scores |W|, times the input norms when there are any.
-
-    Args:
-        weight: float32 [out, in].
-        mask: bool [out, in], the mask until now.
-        pattern: What to keep.
-        importance: float32 [in] or None.
-        hysteresis: A pruned weight replaces a kept one only if its score is larger by this share.
-    Returns:
-        bool [out, in].
-    """
-    score = weight.abs()
-    if importance is not None:
-        score = score * importance
-    if hysteresis:
-        score = torch.where(mask, score * (1 + hysteresis), score)
-    return pattern.keep(score)
+SCALE_OF = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 
 
 class SparseAdamW:
     """AdamW over a model in which some weights are sparse.
 
     `masked` tells whether the model computes with W ⊙ M now; it starts as the rule says, and
-    `finalize` sets it.
+    `finalize` sets it. `flips` are the counts of the last refresh.
 
-    State of a sparse parameter: `dense` (float32 W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq`
-    and, with activation-aware scores, `importance` [in]. An ordinary parameter that is not float32
-    has a `dense` float32 master too.
+    State of a sparse parameter: `dense` (W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq` and, with
+    activation-aware scores, `importance` [in]. An ordinary parameter that is not of the masters' dtype
+    has a `dense` master too. float8 moments are flat, `exp_avg_sq` holds the root of v, `SCALE_OF`
+    tells where their scales are, and `initial_mask` is packed to bits.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -147,6 +51,8 @@ class SparseAdamW:
         rule: The update rule.
         importance: Input norms [in] of sparse parameters by parameter name; None for magnitude scores.
         weights: Dense values of sparse parameters by parameter name; those missing start from the model's.
+        memory: Precision of the state.
+        kernels: `auto` runs one fused Triton launch a step where it can, `reference` plain torch.
     """
 
     def __init__(
@@ -158,6 +64,8 @@ class SparseAdamW:
         *,
         importance: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        memory: Memory = Memory(),
+        kernels: Kernels = "auto",
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         missing = sorted(set(masks) - {name for name, _ in named})
@@ -165,26 +73,36 @@ class SparseAdamW:
             raise ValueError(f"no trainable parameter {missing[0]!r}")
         self.names = dict(named)
         self.sparse = [name for name, _ in named if name in masks]
-        self.pattern = pattern
-        self.rule = rule
+        self.pattern, self.rule, self.memory = pattern, rule, memory
         self.masked = rule.masked
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         for name, parameter in named:
-            state = self.state[parameter] = {}
-            weight = parameter.detach()
-            given = (weights or {}).get(name, weight)
-            if name in masks:
-                mask = masks[name].to(weight.device)
-                if mask.shape != weight.shape or mask.dtype != torch.bool:
-                    raise ValueError(f"the mask of {name} must be bool {list(weight.shape)}")
-                state["mask"], state["initial_mask"] = mask.clone(), mask.clone()
-                if importance and name in importance:
-                    state["importance"] = importance[name].to(weight.device, torch.float32)
-            if name in masks or weight.dtype != torch.float32:
-                state["dense"] = given.to(weight.device, torch.float32, copy=True)
-            state["exp_avg"] = torch.zeros_like(weight, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=torch.float32)
+            given = (weights or {}).get(name, parameter.detach())
+            self.state[parameter] = self._first_state(name, parameter, masks.get(name), given)
+            if importance and name in importance and name in masks:
+                self.state[parameter]["importance"] = importance[name].to(parameter.device, torch.float32)
             self._write(parameter)
+        self.flips = _no_flips(named[0][1].device)
+        self._fused = fused_optimizer(kernels, self.names, self.state, pattern, rule, memory)
+
+    def _first_state(self, name: str, parameter: Tensor, mask: Tensor | None, given: Tensor) -> dict[str, Tensor]:
+        """State of a parameter before the first step; `given` are its dense values."""
+        device, state = parameter.device, dict[str, Tensor]()
+        if mask is not None:
+            if mask.shape != parameter.shape or mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} must be bool {list(parameter.shape)}")
+            first = mask.to(device)
+            state["mask"] = first.clone(memory_format=torch.contiguous_format)
+            state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
+        if mask is not None or parameter.dtype != self.memory.master_dtype:
+            state["dense"] = given.detach().to(device, self.memory.master_dtype, copy=True).contiguous()
+        for key in ("exp_avg", "exp_avg_sq"):
+            if self.memory.states == "float8":
+                state[key] = torch.zeros(parameter.numel(), dtype=torch.float8_e4m3fn, device=device)
+                state[SCALE_OF[key]] = torch.zeros(blocks_of(parameter.numel()), device=device)
+            else:
+                state[key] = torch.zeros_like(parameter.detach(), dtype=torch.float32)
+        return state
 
     def _write(self, parameter: Tensor) -> None:
         """Put what the model computes with into the parameter."""
@@ -198,20 +116,47 @@ class SparseAdamW:
             parameter.copy_(weight)
 
     def advance(self, step: Step, clip: Tensor | None = None) -> None:
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient, then new masks if the step says so.
 
         Args:
             step: The numbers of this step.
             clip: What gradients are multiplied by, a scalar tensor on their device (see `clip_factor`).
         """
-        for parameter in self.names.values():
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            grad = parameter.grad.float() if clip is None else parameter.grad.float() * clip
-            weight = state["dense"] if "dense" in state else parameter.detach()
-            adamw_(weight, grad, state["exp_avg"], state["exp_avg_sq"], state.get("mask"), self.rule, step)
-            self._write(parameter)
+        if self._fused is not None:
+            self.flips = self._fused.advance(step, clip, self.masked) or self.flips
+            if not step.refresh or self._fused.refreshes:
+                return
+        else:
+            for index, parameter in enumerate(self.names.values()):
+                if parameter.grad is not None:
+                    grad = parameter.grad.float() if clip is None else parameter.grad.float() * clip
+                    self._update(index, parameter, grad, step)
+                    self._write(parameter)
+        if step.refresh:
+            self.refresh(step.hysteresis)
+
+    def _update(self, index: int, parameter: Tensor, grad: Tensor, step: Step) -> None:
+        """One step of one parameter's state; the reference of the fused kernel in every precision."""
+        state, memory = self.state[parameter], self.memory
+        weight, mask = state["dense"] if "dense" in state else parameter.detach(), state.get("mask")
+        if memory.plain:
+            adamw_(weight, grad, state["exp_avg"], state["exp_avg_sq"], mask, self.rule, step)
+            return
+        for_moments, for_weight = random_bits(step_key(memory.seed, step.number), index, weight.numel(), weight.device)
+        wide, first, second = weight.float(), state["exp_avg"], state["exp_avg_sq"]
+        if memory.states == "float8":
+            first = widened(first, state["exp_avg_scale"]).reshape(weight.shape)
+            second = widened(second, state["exp_avg_sq_scale"]).square_().reshape(weight.shape)
+        adamw_(wide, grad, first, second, mask, self.rule, step)
+        if memory.states == "float8":
+            for key, value, bits in (
+                ("exp_avg", first, for_moments),
+                ("exp_avg_sq", second.sqrt(), for_moments >> 16),
+            ):
+                codes, scale = stochastic_float8(value.flatten(), bits, keep_positive=key == "exp_avg_sq")
+                state[key].copy_(codes)
+                state[SCALE_OF[key]].copy_(scale)
+        weight.copy_(wide if weight.dtype == torch.float32 else stochastic_bfloat16(wide, for_weight))
 
     def zero_grad(self) -> None:
         """Drop every gradient."""
@@ -220,7 +165,7 @@ class SparseAdamW:
 
     @torch.no_grad()
     def refresh(self, hysteresis: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Choose every mask again from the float32 weights.
+        """Choose every mask again from the dense weights.
 
         Returns:
             Entries that changed since the last mask, and entries that differ from the first one;
@@ -230,12 +175,16 @@ class SparseAdamW:
         for name in self.sparse:
             parameter = self.names[name]
             state = self.state[parameter]
-            mask = refreshed(state["dense"], state["mask"], self.pattern, state.get("importance"), hysteresis)
+            dense = state["dense"].float()
+            mask = refreshed(dense, state["mask"], self.pattern, state.get("importance"), hysteresis)
+            first = state["initial_mask"]
             changed.append((mask ^ state["mask"]).sum())
-            away.append((mask ^ state["initial_mask"]).sum())
+            away.append((mask ^ (first if first.dtype == torch.bool else unpacked_bits(first, mask.shape))).sum())
             state["mask"].copy_(mask)
             self._write(parameter)
-        return torch.stack(changed).sum(), torch.stack(away).sum()
+        if changed:
+            self.flips = torch.stack(changed).sum(), torch.stack(away).sum()
+        return self.flips
 
     def finalize(self) -> None:
         """From now on the model computes with W ⊙ M."""
@@ -247,7 +196,7 @@ class SparseAdamW:
         """The float32 weight of a parameter, dense also where it is sparse."""
         parameter = self.names[name]
         dense: Tensor = self.state[parameter].get("dense", parameter.detach())
-        return dense
+        return dense.float()
 
     @property
     def sparse_numel(self) -> int:
@@ -280,6 +229,11 @@ class SparseAdamW:
             tensor.copy_(tensors[key])
         for parameter in self.names.values():
             self._write(parameter)
+
+
+def _no_flips(device: torch.device) -> tuple[Tensor, Tensor]:
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    return counts[0], counts[1]
 
 
 def clip_factor(parameters: Iterable[Tensor], limit: float) -> tuple[Tensor, Tensor]:

@@ -176,16 +176,26 @@ class AstPolicy:
 
     def numbers(self, step: int, lr: float) -> Step:
         """The numbers of a step."""
-        mix = step / max(1, self.steps)
         return Step(
-            number=step + 1, lr=lr, decay=self.decay_at(step), mix=mix, weight_decay=self.weight_decay
+            number=step + 1,
+            lr=lr,
+            decay=self.decay_at(step),
+            mix=step / max(1, self.steps),
+            weight_decay=self.weight_decay,
+            refresh=self._refreshes(step),
+            hysteresis=self.hysteresis,
         )
 
-    def after(self, step: int) -> dict[str, Tensor]:
-        """Choose the masks again when it is time; returns the flip rates."""
+    def _refreshes(self, step: int) -> bool:
+        """Whether the masks are chosen again after the update of a step."""
         done = step + 1
-        if done % self.mask_every == 0 and done <= self.frozen_from:
-            changed, away = self.optimizer.refresh(self.hysteresis)
+        return done % self.mask_every == 0 and done <= self.frozen_from
+
+    def after(self, step: int) -> dict[str, Tensor]:
+        """Note what the choice of the masks changed, if it was time; returns the flip rates."""
+        done = step + 1
+        if self._refreshes(step):
+            changed, away = self.optimizer.flips
             count = self.optimizer.sparse_numel
             self._latest = {"flip_rate": changed / count, "initial_flip_rate": away / count}
             self.refreshes += 1

@@ -1,0 +1,131 @@
+"""One step of one parameter in plain torch: the update and the choice of the mask.
+
+It is what the fused kernel of `kernels/adamw.py` is tested against, and what runs on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsekit.pattern import Pattern
+
+SecondMoment = Literal["momentum", "gradient"]
+DecayRule = Literal["l2", "l1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one optimizer step does; fixed for a run.
+
+    Attributes:
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        second_moment: What v averages for sparse weights: the square of the update `momentum` (the
+            paper's form) or of the `gradient` (as AdamW). Ordinary parameters always use the gradient.
+        decay_rule: `l2` pulls a pruned weight by λ·w, `l1` mixes λ·sign(w) into its momentum.
+        masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    second_moment: SecondMoment = "momentum"
+    decay_rule: DecayRule = "l2"
+    masked: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The numbers of one step.
+
+    Attributes:
+        number: 1 for the first step, for bias correction.
+        lr: Learning rate.
+        decay: λ, the pull of pruned weights towards zero.
+        mix: Share of the `l1` rule in a pruned weight's direction, 0 to 1; unused by `l2`.
+        weight_decay: Ordinary decoupled weight decay of parameters with two or more dimensions.
+        refresh: Whether the masks are chosen again after the update.
+        hysteresis: For that choice: a pruned weight must be larger than a kept one by this share.
+    """
+
+    number: int
+    lr: float
+    decay: float = 0.0
+    mix: float = 0.0
+    weight_decay: float = 0.0
+    refresh: bool = False
+    hysteresis: float = 0.0
+
+
+@torch.no_grad()
+def adamw_(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    step: Step,
+) -> None:
+    """One step of one parameter, in place; the slow reference of the fused kernel.
+
+    With g the gradient, W the dense weight and M its mask (paper §3.2, released adamw.py:113-141 with
+    the mask as a bool):
+
+        W ← (1 - lr·wd) W
+        m ← β1 m + (1 - β1) g
+        u ← m + λ (¬M ⊙ W)                      l2
+        u ← (1 - mix) m + mix λ sign(W) on ¬M    l1 (CAST, arXiv:2509.25996)
+        v ← β2 v + (1 - β2) u²                   or g²
+        W ← W - lr / (1 - β1^k) · u / (sqrt(v / (1 - β2^k)) + eps)
+
+    The decay never enters m, so it is not remembered.
+
+    Args:
+        weight: float32 [...], the dense weight; updated.
+        grad: float32 [...], clipped already.
+        first: float32 [...], m; updated.
+        second: float32 [...], v; updated.
+        mask: bool [...], True = kept; None for an ordinary parameter.
+        rule: What to do.
+        step: With which numbers.
+    """
+    beta1, beta2 = rule.betas
+    if step.weight_decay and weight.dim() >= 2:
+        weight.mul_(1 - step.lr * step.weight_decay)
+    first.lerp_(grad, 1 - beta1)
+    direction = first
+    if mask is not None and step.decay:
+        if rule.decay_rule == "l2":
+            direction = first + (step.decay * weight).masked_fill_(mask, 0.0)
+        else:
+            pulled = torch.lerp(first, step.decay * weight.sign(), step.mix)
+            direction = torch.where(mask, first, pulled)
+    of = direction if mask is not None and rule.second_moment == "momentum" else grad
+    second.mul_(beta2).addcmul_(of, of, value=1 - beta2)
+    root = (second / (1 - beta2**step.number)).sqrt_().add_(rule.eps)
+    weight.addcdiv_(direction, root, value=-step.lr / (1 - beta1**step.number))
+
+
+@torch.no_grad()
+def refreshed(weight: Tensor, mask: Tensor, pattern: Pattern, importance: Tensor | None, hysteresis: float) -> Tensor:
+    """The mask of the largest scores |W|, times the input norms when there are any.
+
+    Args:
+        weight: float32 [out, in].
+        mask: bool [out, in], the mask until now.
+        pattern: What to keep.
+        importance: float32 [in] or None.
+        hysteresis: A pruned weight replaces a kept one only if its score is larger by this share.
+    Returns:
+        bool [out, in].
+    """
+    score = weight.abs()
+    if importance is not None:
+        score = score * importance
+    if hysteresis:
+        score = torch.where(mask, score * (1 + hysteresis), score)
+    return pattern.keep(score)
