@@ -60,8 +60,8 @@ def awq(
     Deviations: the loss is that of the linears' outputs, where the references run the parent module
     (attention, MLP); for the output and down projections it is the same. Clipping is scored with
     the group's block of H instead of a sample of tokens, is kept only in rows where it lowers the
-    whole row's loss, and covers query and key projections, which the references leave out because
-    they cannot score them by their own outputs. Ratios include 1. Channels without inputs or
+    whole row's loss, and covers query and key projections too, which the references leave out ("due
+    to qk bmm, it is hard to clip precisely"). Ratios include 1. Channels without inputs or
     without kept weights get the scale 1 and do not shift the others; w_j is taken over kept weights;
     tied channels (grouped-query attention) are searched as tied. Ranges always include 0, so pruned
     weights stay exactly zero.
