@@ -4,6 +4,12 @@ A moment moves by a few percent a step, less than half of float8's spacing, so r
 value would hold it where it is. Both formats are therefore rounded stochastically. The random bits are
 a hash of (seed, step, parameter, element) and nothing else: a restart repeats them, and the fused
 kernel, which computes the same integers, gives the same bits.
+
+What a 7B Llama needs (6.74e9 parameters, 6.48e9 of them sparse), in bytes a parameter: parameters 2,
+gradients 2, masters 2 (none for an ordinary parameter), moments 2.03, mask 1, first mask 0.125, teacher 2.
+That is 74 GB when the last block's backward ends. Before it, 16k tokens take 4.3 GB for the blocks'
+inputs and about 3 GB for the block being computed, while gradients are still missing: the peak is the
+end of the last micro-batch, about 77 GB with one micro-batch a step and 82 GB with several.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,9 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsekit.blocks import block_outputs, compiled, recomputed, square_head
 from sparsekit.checkpoint import read_json, read_tensors, write_json
 from sparsekit.distill import Objective, chunked_loss, headless, loss_reference, next_token_targets, plain_head
 from sparsekit.errors import CheckpointError, MethodError
+from sparsekit.kernels import Kernels
 from sparsekit.optim import SparseAdamW, Step, clip_factor
 from sparsekit.state import LinearState
 
@@ -190,6 +191,8 @@ class Fit:
         clip: Limit of the gradient's global norm.
         checkpoint_every: Steps between checkpoints; None for one every two minutes.
         compile: Compile the blocks of both models with torch.compile.
+        checkpointing: Compute the student's blocks again in the backward instead of keeping what they made.
+        kernels: Whether a Triton kernel computes the loss on CUDA.
     """
 
     job: TrainJob
@@ -201,6 +204,8 @@ class Fit:
     clip: float = 1.0
     checkpoint_every: int | None = None
     compile: bool = False
+    checkpointing: bool = False
+    kernels: Kernels = "auto"
     _heads: tuple[nn.Linear, nn.Linear] | None = field(default=None, init=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -223,7 +228,8 @@ class Fit:
         valid_every = max(1, steps // VALIDATED)
         self._saved_at = start = time.monotonic()
         record: dict[str, Any] = {}
-        with compiled(job, self.compile):
+        # recomputation inside, so that the compiler sees it and plans with it
+        with recomputed(job.student, self.checkpointing), compiled((job.student, job.teacher), self.compile):
             for step in range(first, steps):
                 lr = self.schedule.lr_at(step)
                 noted = self._step(step, lr)
@@ -270,15 +276,23 @@ class Fit:
 
     def _loss(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy of some windows [windows, seq_len]."""
-        job, targets = self.job, next_token_targets(tokens)
-        distil = self.objective.kl > 0
+        if not self.objective.hidden:
+            return self._token_loss(tokens)
+        with block_outputs(self.job.student) as own, block_outputs(self.job.teacher) as taught:
+            loss, kl, ce = self._token_loss(tokens)
+        return loss + self.objective.hidden * square_head(own, taught), kl, ce
+
+    def _token_loss(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of the loss that the logits decide; runs the teacher if any part needs it."""
+        job, targets, objective = self.job, next_token_targets(tokens), self.objective
+        distil = objective.kl > 0 or objective.hidden > 0
         if self._heads is None:
             student = job.student(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
             teacher = None
             if distil:
                 with torch.no_grad():
                     teacher = job.teacher(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-            loss, kl, ce = loss_reference(student, teacher, targets, self.objective)
+            loss, kl, ce = loss_reference(student, teacher if objective.kl else None, targets, objective)
             return loss, kl.detach(), ce.detach()
         own, taught = self._heads
         with headless(job.student, own):
@@ -287,11 +301,9 @@ class Fit:
         if distil:
             with torch.no_grad(), headless(job.teacher, taught):
                 teacher_hidden = job.teacher(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-        return chunked_loss(hidden, own, teacher_hidden, taught, targets, self.objective)
+        return chunked_loss(hidden, own, teacher_hidden, taught, targets, objective, self.kernels)
 
-    def _log(
-        self, done: int, tokens: int, lr: float, noted: Mapping[str, Tensor], with_valid: bool
-    ) -> dict[str, Any]:
+    def _log(self, done: int, tokens: int, lr: float, noted: Mapping[str, Tensor], with_valid: bool) -> dict[str, Any]:
         """Write one record: means since the last one, and the held-out perplexity now and then."""
         count = float(self._sums.pop("steps"))
         record: dict[str, Any] = {"step": done, "tokens": tokens, "lr": lr}
@@ -371,26 +383,3 @@ def mean_loss(model: nn.Module, windows: Tensor, batch: int) -> float:
             for row, target in zip(logits, tokens[:, 1:], strict=True):  # one window in float32 at a time
                 total += float(F.cross_entropy(row.float(), target, reduction="sum"))
     return total / (len(windows) * (windows.shape[1] - 1))
-
-
-@contextmanager
-def compiled(job: TrainJob, wanted: bool) -> Iterator[None]:
-    """Compile the repeated blocks of both models; one compilation serves all blocks of a kind."""
-    if not wanted:
-        yield
-        return
-    blocks = [
-        member
-        for model in (job.student, job.teacher)
-        for candidate in model.modules()
-        if isinstance(candidate, nn.ModuleList)
-        for member in candidate
-        if any(isinstance(inner, nn.Linear) for inner in member.modules())
-    ]
-    for block in blocks:
-        block.compile(dynamic=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None

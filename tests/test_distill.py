@@ -27,7 +27,16 @@ def case(bias=False, seed=0):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("objective", [Objective(2 / 3, 2.0), Objective(1.0, 1.0), Objective(0.0, 2.0), Objective(0.3, 0.5)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(2 / 3, 2.0),
+        Objective(1.0, 1.0),
+        Objective(0.0, 2.0),
+        Objective(0.3, 0.5),
+        Objective(0.7, 3.0, "reverse"),
+    ],
+)
 @pytest.mark.parametrize("entries", [30, 30 * 5, 10**6])
 def test_chunks_give_the_loss_and_gradients_of_the_whole(monkeypatch, objective, bias, entries):
     monkeypatch.setattr(distill, "CHUNK_ENTRIES", entries)
@@ -65,6 +74,23 @@ def test_direction_is_forward():
     assert float(kl) == pytest.approx(float((p * (p.log() - torch.tensor([0.5]).log())).sum()), rel=1e-5)
     _, back, _ = loss_reference(teacher, student, torch.tensor([IGNORED]), Objective(1.0, 1.0))
     assert float(back) != pytest.approx(float(kl), rel=0.1)
+
+
+def test_reverse_direction_swaps_the_models():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 9), torch.randn(6, 9)
+    targets = torch.randint(0, 9, (6,))
+    forward = loss_reference(student, teacher, targets, Objective(1.0, 2.0))
+    reverse = loss_reference(teacher, student, targets, Objective(1.0, 2.0, "reverse"))
+    torch.testing.assert_close(forward[1], reverse[1])
+
+
+def test_the_gradient_is_handed_out_once():
+    head, teacher_head, hidden, teacher_hidden, targets = case()
+    loss, _, _ = chunked_loss(hidden, head, teacher_hidden, teacher_head, targets, Objective())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        loss.backward()
 
 
 def test_constant_added_to_logits_changes_nothing():

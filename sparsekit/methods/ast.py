@@ -10,8 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.distill import Objective
+from sparsekit.distill import Direction, Objective
 from sparsekit.errors import MethodError
+from sparsekit.kernels import Kernels
+from sparsekit.lowbits import Masters, Memory, States
 from sparsekit.optim import DecayRule, Rule, SecondMoment, SparseAdamW, Step
 from sparsekit.pattern import Pattern
 from sparsekit.registry import model_method
@@ -51,12 +53,18 @@ def ast(
     forward: Literal["masked", "dense"] = "masked",
     kl: Share = 2 / 3,
     temperature: Positive = 2.0,
+    kl_direction: Direction = "forward",
+    hidden: NotNegative = 0.0,
     second_moment: SecondMoment = "momentum",
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: NotNegative = 0.0,
     clip: Positive = 1.0,
     compile: bool | None = None,
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None,
+    checkpointing: bool = False,
+    states: States = "float32",
+    masters: Masters = "float32",
+    kernels: Kernels = "auto",
 ) -> Trained:
     """Train N:M sparse weights against the dense model, choosing the mask again as training goes.
 
@@ -87,12 +95,18 @@ def ast(
             all weights until the mask freezes, and lets the decay push them to zero.
         kl: Weight of the divergence from the dense model; cross-entropy gets the rest.
         temperature: Of the divergence, with the usual factor T².
+        kl_direction: `forward` is KL(teacher ‖ student), `reverse` the other way around.
+        hidden: Weight of the distance of the blocks' outputs from the teacher's (SquareHead).
         second_moment: v averages the square of the `momentum` plus decay (paper) or of the `gradient`.
         betas: Of the two moments.
         weight_decay: Ordinary weight decay.
         clip: Limit of the global norm of the gradient; the decay is added after it.
         compile: Compile the blocks with torch.compile; by default on CUDA for runs of 100 steps or more.
         checkpoint_every: Steps between checkpoints; by default one every two minutes.
+        checkpointing: Keep only the blocks' inputs and compute each block again in the backward.
+        states: Precision of the two moments; float8 holds a scale for every 256 and takes a quarter.
+        masters: Precision of the dense weights; bfloat16 ones are rounded stochastically.
+        kernels: `auto` runs Triton kernels on CUDA; `reference` plain torch; `triton` fails without them.
 
     Source: Huang et al. 2024, "Pruning Large Language Models with Semi-Structural Adaptive Sparse
     Training", arXiv:2407.20584, Algorithm 1, Eq. 2-4; l1 rule and dense forward: arXiv:2509.25996.
@@ -110,7 +124,10 @@ def ast(
     norms = input_norms(job) if score == "activation" else {}
     masks, weights = first_masks(job, pattern, norms)
     rule = Rule(betas=betas, second_moment=second_moment, decay_rule=decay_rule, masked=forward == "masked")
-    optimizer = SparseAdamW(job.student, masks, pattern, rule, importance=norms, weights=weights)
+    memory = Memory(states, masters, seed=job.seed)
+    optimizer = SparseAdamW(
+        job.student, masks, pattern, rule, importance=norms, weights=weights, memory=memory, kernels=kernels
+    )
     policy = AstPolicy(
         optimizer=optimizer,
         steps=steps,
@@ -126,11 +143,13 @@ def ast(
         optimizer=optimizer,
         policy=policy,
         schedule=plan,
-        objective=Objective(kl, temperature),
+        objective=Objective(kl, temperature, kl_direction, hidden),
         micro_batch=micro_batch or micro_batch_of(job.tokens, batch, job.device),
         clip=clip,
         checkpoint_every=checkpoint_every,
         compile=job.device.type == "cuda" and steps >= COMPILE_STEPS if compile is None else compile,
+        checkpointing=checkpointing,
+        kernels=kernels,
     ).run()
     return result(job, optimizer, {**metrics, **policy.metrics()})
 
