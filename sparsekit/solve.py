@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid
 
-SUB_BLOCK = 16  # columns between two updates of the rest of a block, docs/benchmarks/solver_cpu.json
+SUB_BLOCK = 16  # columns between two updates of the rest of a block; on CPU 8 to 64 differ by 5 % (solver_cpu.py)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

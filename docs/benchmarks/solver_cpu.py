@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,17 @@ def measured(rows: int, columns: int, repeats: int) -> list[dict[str, Any]]:
     factor, _ = gram.inverse_factor(0.01)
     weight = torch.randn(rows, columns)
     found = []
-    for method, arguments in (
-        ("sparsegpt 2:4", {"pattern": Pattern(2, 4)}),
-        ("gptq int4 g128", {"rounding": Rounding(4, 128)}),
-    ):
+    methods: dict[str, dict[str, Any]] = {
+        "sparsegpt 2:4": {"pattern": Pattern(2, 4)},
+        "gptq int4 g128": {"rounding": Rounding(4, 128)},
+    }
+    for method, arguments in methods.items():
         four_bits = "rounding" in arguments
         ours, theirs = sweep(weight, factor, **arguments).weight, recursion(weight, factor, four_bits=four_bits)
         seconds = best_of(
             repeats,
-            lambda four_bits=four_bits: recursion(weight, factor, four_bits=four_bits),
-            lambda arguments=arguments: sweep(weight, factor, **arguments),
+            partial(recursion, weight, factor, four_bits=four_bits),
+            partial(sweep, weight, factor, **arguments),
         )
         found.append(
             {
