@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +52,20 @@ def recomputed(model: nn.Module, wanted: bool) -> Iterator[None]:
     """
     blocks = blocks_of(model) if wanted else []
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = _computed_twice(block.forward)
     try:
         yield
     finally:
         for block in blocks:
             del block.forward
+
+
+def _computed_twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # a function, no functools.partial: torch.compile looks into the one and leaves the other uncompiled
+    def twice(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return twice
 
 
 @contextmanager
