@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,28 +30,26 @@ class Terminal:
 
     def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
         """Print the plan."""
-        say = self._console.print
+        say = partial(self._console.print, highlight=False, soft_wrap=True)
         coverage = plan.coverage
         precision = str(view.dtype).removeprefix("torch.")
         computed = str(view.compute_dtype).removeprefix("torch.")
-        say(f"[bold]{recipe.name}[/bold]  seed {recipe.seed}  in {recipe.output_directory()}", highlight=False)
+        say(f"[bold]{recipe.name}[/bold]  seed {recipe.seed}  in {recipe.output_directory()}")
         say(
             f"  model     {recipe.model.path}: {coverage.total:,} parameters, {len(view.blocks)} blocks, "
             f"stored {precision}, computed {computed} on {view.device}",
-            highlight=False,
         )
         say(
             f"  coverage  {coverage.compressed:,} compressed, {coverage.ignored:,} ignored by you, "
             f"{coverage.by_rule:,} dense by rule (embeddings, head, norms, biases), "
             f"{sum(coverage.unreachable.values()):,} out of reach",
-            highlight=False,
         )
         for planned in plan.steps:
             chosen = {k: v for k, v in planned.step.params.model_dump(mode="json").items() if k in planned.step.given}
             settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            say(f"  step {planned.index + 1}    {planned.step.method.name}  {settings}", highlight=False)
+            say(f"  step {planned.index + 1}    {planned.step.method.name}  {settings}")
         for note in plan.notes:
-            say(f"  note      {note}", highlight=False)
+            say(f"  note      {note}")
         formats = ", ".join(recipe.export.formats) or "nothing"
         say(f"  then      perplexity on {', '.join(recipe.evaluate.perplexity) or 'no text'}; export {formats}\n")
 
@@ -77,7 +76,7 @@ class Terminal:
     def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
         """Print one line of result."""
         self._stop()
-        self._console.print(step_line(summary, cached=cached), highlight=False)
+        self._console.print(step_line(summary, cached=cached), highlight=False, soft_wrap=True)
 
     def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Print the closing table and the paths."""

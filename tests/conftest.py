@@ -23,8 +23,8 @@ def random_model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # key and value heads together 32 wide: GPTQ packs 32 outputs a word row
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
