@@ -20,6 +20,7 @@ from sparsekit.kernels import Kernels, loss_kernel
 
 CHUNK_ENTRIES = 2**25  # logits held at once: 4,096 tokens of an 8,192 vocabulary, 128 MB in float32
 CHUNK_ROWS = 128  # on CUDA a chunk is a multiple of it, the height of a tile of the head's product
+CHUNKS = 16  # at most so many on CUDA: each rounds the head's gradient and reads and writes all of it
 IGNORED = -100  # a target that has no cross-entropy, as in torch
 
 Direction = Literal["forward", "reverse"]
@@ -174,6 +175,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*made, *([None] * 7))
 
 
+def chunk_rows(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """Tokens of a chunk."""
+    fitting = max(1, CHUNK_ENTRIES // vocabulary)
+    if device.type != "cuda":
+        return fitting
+    return max(fitting - fitting % CHUNK_ROWS, -(-tokens // (CHUNKS * CHUNK_ROWS)) * CHUNK_ROWS)
+
+
 def chunked_loss(
     hidden: Tensor,
     head: nn.Linear,
@@ -196,9 +205,7 @@ def chunked_loss(
     Returns:
         Three scalars; only the first carries a gradient, and its backward runs once.
     """
-    chunk = max(1, CHUNK_ENTRIES // head.weight.shape[0])
-    if hidden.is_cuda and chunk > CHUNK_ROWS:
-        chunk -= chunk % CHUNK_ROWS
+    chunk = chunk_rows(len(hidden), head.weight.shape[0], hidden.device)
     taught = teacher_hidden if objective.kl > 0 else None
     weight = None if teacher_head is None else teacher_head.weight.detach()
     bias = None if teacher_head is None or teacher_head.bias is None else teacher_head.bias.detach()

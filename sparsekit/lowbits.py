@@ -7,9 +7,10 @@ kernel, which computes the same integers, gives the same bits.
 
 What a 7B Llama needs (6.74e9 parameters, 6.48e9 of them sparse), in bytes a parameter: parameters 2,
 gradients 2, masters 2 (none for an ordinary parameter), moments 2.03, mask 1, first mask 0.125, teacher 2.
-That is 74 GB when the last block's backward ends. Before it, 16k tokens take 4.3 GB for the blocks'
-inputs and about 3 GB for the block being computed, while gradients are still missing: the peak is the
-end of the last micro-batch, about 77 GB with one micro-batch a step and 82 GB with several.
+That is 74 GB when all gradients exist. 16k tokens take 4.3 GB more for the blocks' inputs and 3 to 5 GB
+for the block being computed. In the first micro-batch most gradients are still missing while the inputs
+are there, so that its peak is its end, about 79 GB; with several micro-batches a step it is about 83 GB.
+This is arithmetic; docs/benchmarks/training.py measures it.
 """
 
 from __future__ import annotations

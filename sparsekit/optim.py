@@ -199,6 +199,11 @@ class SparseAdamW:
         return dense.float()
 
     @property
+    def fused(self) -> bool:
+        """Whether the Triton kernel runs the step."""
+        return self._fused is not None
+
+    @property
     def sparse_numel(self) -> int:
         """Entries of all sparse parameters."""
         return sum(self.names[name].numel() for name in self.sparse)

@@ -8,6 +8,7 @@ from sparsekit import distill
 from sparsekit.distill import (
     IGNORED,
     Objective,
+    chunk_rows,
     chunked_loss,
     headless,
     loss_reference,
@@ -113,6 +114,21 @@ def test_gradient_hardly_depends_on_temperature_for_small_gaps():
         grads.append(student.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=0.1, atol=5e-6)
     torch.testing.assert_close(grads[0], grads[2], rtol=0.1, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "device", "rows"),
+    [
+        (4096, 128256, "cuda", 256),
+        (16384, 128256, "cuda", 1024),
+        (32768, 8192, "cuda", 4096),
+        (100, 2**26, "cuda", 128),
+        (4096, 128256, "cpu", 261),
+        (100, 2**26, "cpu", 1),
+    ],
+)
+def test_chunks_fit_the_memory_and_are_not_too_many(tokens, vocabulary, device, rows):
+    assert chunk_rows(tokens, vocabulary, torch.device(device)) == rows
 
 
 def test_targets_are_the_next_tokens():

@@ -151,7 +151,7 @@ def ast(
         checkpointing=checkpointing,
         kernels=kernels,
     ).run()
-    return result(job, optimizer, {**metrics, **policy.metrics()})
+    return result(job, optimizer, {**metrics, **policy.metrics(), "fused_optimizer": optimizer.fused})
 
 
 @dataclass(slots=True)
