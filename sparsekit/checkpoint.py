@@ -85,9 +85,22 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file whole and return its sha256."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(plain, {"format": "pt", **(metadata or {})})
+    data = ordered(save(plain, {"format": "pt", **(metadata or {})}))
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them as a hash map has them.
+
+    Equal content is to give equal bytes, so that digests can be compared between runs.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

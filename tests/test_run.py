@@ -139,7 +139,7 @@ def test_killed_run_continues_to_the_same_bits(tmp_path, random_model, moment):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "killed" / "report.json").exists()
     run(recipe)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
@@ -199,7 +199,7 @@ def test_coverage_and_selection_errors(tmp_path, random_model):
     assert result.exit_code == 2
     assert "group_size 48 does not divide" in result.output
     assert f"{recipe}:" in result.output
-    recipe = write(tmp_path, random_model, '  - {method: wanda, pattern: "2:4", ignore: [lm_haed]}\n')
+    recipe = write(tmp_path, random_model, '  - {method: wanda, pattern: "2:4", ignore: [lm_haed]}\n', formats="dense")
     result = CliRunner().invoke(main, ["run", str(recipe)])
     assert result.exit_code == 2
     assert "'lm_haed' matches none" in result.output
