@@ -19,14 +19,25 @@ DEVICE_SHARE = 0.6  # of the free device memory that a whole model may take; bey
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A model and the finished steps applied to it, in order."""
+    """A model and the finished steps applied to it, in order.
+
+    Attributes:
+        view: The model.
+        stores: Of the finished steps.
+        trained: How many of them there are up to the last one that trained.
+    """
 
     view: ModelView
     stores: Sequence[StepStore] = ()
+    trained: int = 0
 
-    def then(self, store: StepStore) -> Chain:
+    def then(self, store: StepStore, *, trains: bool = False) -> Chain:
         """The chain after one more step."""
-        return Chain(self.view, (*self.stores, store))
+        return Chain(self.view, (*self.stores, store), len(self.stores) + 1 if trains else self.trained)
+
+    def reference(self, index: int) -> BlockState:
+        """A block before anything pruned it: as the last training step left it, or the model's own."""
+        return Chain(self.view, self.stores[: self.trained]).block(index)
 
     def block(self, index: int) -> BlockState:
         """State of a block: as the last step wrote it, or dense from the model's own files.

@@ -114,3 +114,43 @@ def schema(plugins: tuple[Path, ...]) -> None:
     for path in plugins:
         METHODS.load_path(path)
     click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@main.command()
+@click.argument("name")
+@_plugin
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A parameter of the method.")
+@_named_errors
+def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None:
+    """Try the promises every method makes on method NAME."""
+    from rich.console import Console
+
+    from sparsekit.console import outcomes_table
+    from sparsekit.errors import ContractError
+    from sparsekit.registry import METHODS
+    from sparsekit.specimens import assigned
+    from sparsekit.testing import outcomes
+
+    for path in plugins:
+        METHODS.load_path(path)
+    found = outcomes(name, arguments=assigned(values))
+    Console().print(outcomes_table(found), highlight=False)
+    failed = sum(outcome.status == "failed" for outcome in found)
+    if failed:
+        raise ContractError(f"method {name!r} breaks {failed} of {len(found)} promises")
+
+
+@main.command("new-method")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)
+@click.option(
+    "--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here."
+)
+@_named_errors
+def new_method(name: str, kind: Any, directory: Path) -> None:
+    """Write a working plugin NAME.py and its test."""
+    from sparsekit import scaffold
+
+    plugin, test = scaffold.new_method(name, kind, directory)
+    click.echo(f"{plugin}  the method\n{test}  its test")
+    click.echo(f"\nsparsekit check {name} --plugin {plugin}\npython -m pytest {test}")

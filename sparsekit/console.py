@@ -18,6 +18,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.registry import Method
+from sparsekit.testing import Outcome
 
 
 class Terminal:
@@ -148,6 +149,17 @@ def method_page(method: Method) -> Group:
         table.add_row(name, type_name(info.annotation), default, info.description or "")
     head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on one {method.scope} at a time\n")
     return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
+
+
+def outcomes_table(outcomes: Iterable[Outcome]) -> Table:
+    """What the contract suite found, a property in a line."""
+    marks = {"ok": "[green]ok[/green]", "failed": "[red]failed[/red]", "does not apply": "-"}
+    table = Table(box=None, padding=(0, 2))
+    for title in ("promise", "", ""):
+        table.add_column(title)
+    for outcome in outcomes:
+        table.add_row(outcome.name, marks[outcome.status], Text(outcome.message))
+    return table
 
 
 def type_name(annotation: Any) -> str:

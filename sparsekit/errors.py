@@ -3,6 +3,7 @@
     SparsekitError            exit code 2, shown without a traceback
     ├── RecipeError           what the user wrote in a recipe or on the command line
     ├── PluginError           a plugin that cannot be found, loaded or registered
+    │   └── ContractError     a method that breaks a promise every method makes
     ├── ModelError            a model directory or architecture that cannot be used
     │   └── CoverageError     too many parameters no step can reach
     ├── DataError             a text that cannot be read, tokenised or is too short
@@ -35,6 +36,10 @@ class RecipeError(SparsekitError):
 
 class PluginError(SparsekitError):
     """A plugin cannot be found, loaded or registered."""
+
+
+class ContractError(PluginError):
+    """A method breaks a promise every method makes; the message says how and what to do."""
 
 
 class ModelError(SparsekitError):

@@ -16,7 +16,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +49,7 @@ class Method:
         parameters: pydantic model of its keyword-only parameters; unknown keys are errors.
         origin: Where it was loaded from.
         digest: sha256 of the file that defines it, part of every fingerprint.
+        dense: The linears it is given carry their dense values, `LinearState.dense`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     parameters: type[BaseModel]
     origin: str
     digest: str
+    dense: bool = False
 
     @property
     def summary(self) -> str:
@@ -180,9 +182,18 @@ class Registry:
 METHODS = Registry()
 
 
-def linear_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
-    """Register `f(layer: LinearState, [stats], /, *, params) -> LinearState`, called for every linear."""
-    return _decorator(name, kind, "linear", stats)
+def linear_method(
+    name: str, *, kind: Kind, stats: type[Statistic] | None = None, dense: bool = False
+) -> Callable[[F], F]:
+    """Register `f(layer: LinearState, [stats], /, *, params) -> LinearState`, called for every linear.
+
+    Args:
+        name: What a recipe writes after `method:`.
+        kind: See `Method`.
+        stats: The statistic of the layer's inputs to collect, None for no calibration.
+        dense: Hand the values before any pruning over in `layer.dense`.
+    """
+    return _decorator(name, kind, "linear", stats, dense)
 
 
 def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -195,9 +206,11 @@ def model_method(name: str, *, kind: Kind) -> Callable[[F], F]:
     return _decorator(name, kind, "model", None)
 
 
-def _decorator(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None) -> Callable[[F], F]:
+def _decorator(
+    name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, dense: bool = False
+) -> Callable[[F], F]:
     def register(function: F) -> F:
-        METHODS.register(_method(name, kind, scope, stats, function))
+        METHODS.register(replace(_method(name, kind, scope, stats, function), dense=dense))
         return function
 
     return register

@@ -24,6 +24,8 @@ class LinearState:
             quantizer has run.
         quantized: The integers, once a quantizer has run.
         notes: What went out of the ordinary (a numerics rung that was needed, a skipped search).
+        dense: float32 [out, in], what the layer was before any step pruned it (after a training step:
+            what training left). Only there for methods registered with `dense=True`; never stored.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LinearState:
     mask: Tensor | None = None
     quantized: QuantizedWeight | None = None
     notes: tuple[str, ...] = ()
+    dense: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:

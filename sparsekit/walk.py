@@ -46,6 +46,7 @@ class Walk:
         schedule: "block": all statistics come from the block as it was. "group": each group sees
             its predecessors already compressed (GPTQ's true-sequential order).
         progress: Called with (blocks done, blocks in all).
+        reference: A block before anything pruned it, for a method that asks for dense values.
     """
 
     view: ModelView
@@ -58,6 +59,7 @@ class Walk:
     tokens: Tensor | None
     schedule: str
     progress: Callable[[int, int], None]
+    reference: Callable[[int], BlockState] | None = None
     _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self) -> None:
@@ -77,12 +79,23 @@ class Walk:
             after = self.store.block(index)
             if after is None:
                 self._records.clear()
-                block = self._compressed(index, self.before(index), stream)
+                block = self._compressed(index, self._given(index), stream)
                 after = self.store.commit_block(index, block, [record.as_dict() for record in self._records])
             if stream is not None and index + 1 < total:
                 with resident(self.view, index, after):
                     stream.advance(index)
             self.progress(index + 1, total)
+
+    def _given(self, index: int) -> BlockState:
+        """A block before the step, its linears with their dense values if the method asks for them."""
+        block = self.before(index)
+        if self.method.dense:
+            if self.reference is None:
+                raise MethodError(f"{self.method.name} needs the dense weights")
+            dense = self.reference(index).linears
+            linears = {n: replace(state, dense=dense[n].source) for n, state in block.linears.items()}
+            block = BlockState(linears, block.params)
+        return block
 
     def _compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
         names = [name for name in block.linears if name in self.selected]
@@ -225,4 +238,5 @@ def _on(state: LinearState, device: torch.device) -> LinearState:
             **tensors, bits=quantized.bits, group_size=quantized.group_size, symmetric=quantized.symmetric
         )
     mask = None if state.mask is None else state.mask.to(device)
-    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized)
+    dense = None if state.dense is None else state.dense.to(device)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense)
