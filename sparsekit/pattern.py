@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsekit.errors import MethodError
 
 Scope = Literal["row", "layer"]
+NOT_FINITE = "a pruning score is NaN; the weights or the calibration activations are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Pattern:
         return self.m > 0
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.structured else f"unstructured {self.sparsity:g}"
+        return f"{self.n}:{self.m}" if self.structured else f"unstructured {self.sparsity!r}"
 
     def describe(self) -> str:
         """The pattern in words, for plans and reports."""
@@ -109,10 +110,45 @@ class Pattern:
         Raises:
             MethodError: The row length is no multiple of M, or a score is NaN.
         """
-        if torch.isnan(score).any():
-            raise MethodError("a pruning score is NaN; the weights or the calibration activations are not finite")
+        self._check(score)
+        mask = self._on_device(score, None, absolute=False) if score.is_cuda else None
+        return self.keep_reference(score, per=per) if mask is None else mask
+
+    def keep_weights(self, weight: Tensor, norm: Tensor | None = None, *, per: Scope = "row") -> Tensor:
+        """Keep the largest |weight|, or |weight| times the norm of its input; `keep` of that, in one pass on CUDA.
+
+        Args:
+            weight: [out, in].
+            norm: [in].
+            per: See `keep`.
+        """
+        self._check(weight)
+        mask = self._on_device(weight, norm, absolute=True) if weight.is_cuda else None
+        if mask is not None:
+            return mask
+        score = weight.abs()
+        return self.keep_reference(score if norm is None else score * norm, per=per)
+
+    def _check(self, score: Tensor) -> None:
         if not self.fits(score.shape[-1]):
             raise MethodError(f"{score.shape[-1]} inputs do not divide into groups of {self.m} (pattern {self})")
+
+    def _on_device(self, score: Tensor, norm: Tensor | None, *, absolute: bool) -> Tensor | None:
+        """The mask by the Triton kernel; None where it cannot make it."""
+        from sparsekit.kernels.oneshot import mask_kernel  # noqa: PLC0415 - the kernels know patterns
+
+        kernel = mask_kernel("auto", score, norm, self)
+        if kernel is None:
+            return None
+        mask, invalid = kernel(score, norm, self, absolute=absolute)
+        if int(invalid):
+            raise MethodError(NOT_FINITE)
+        return mask
+
+    def keep_reference(self, score: Tensor, *, per: Scope = "row") -> Tensor:
+        """`keep` in plain torch: what runs on a CPU, and what the kernel is tested against."""
+        if torch.isnan(score).any():
+            raise MethodError(NOT_FINITE)
         if self.structured:
             groups = score.reshape(*score.shape[:-1], -1, self.m)  # [out, in/m, m]
             return _rank(groups).lt(self.n).reshape(score.shape)

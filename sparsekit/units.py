@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -28,8 +28,17 @@ def _percent(value: Any) -> Any:
     return float(match[1]) / 100
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+_COUNT_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\d+(\.\d+)?[KMB]?$"}],
+    "examples": ["50M"],
+}
+_FRACTION_SCHEMA = {
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": r"^\d+(\.\d+)?%$"}],
+    "examples": ["5%"],
+}
+
+Count = Annotated[int, BeforeValidator(_count), Field(ge=1), WithJsonSchema(_COUNT_SCHEMA)]
 """A whole number, 1 or more; `50M` and `1.5B` are understood."""
 
-Fraction = Annotated[float, BeforeValidator(_percent), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_percent), Field(ge=0), WithJsonSchema(_FRACTION_SCHEMA)]
 """A fraction; `5%` is understood."""

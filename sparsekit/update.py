@@ -25,7 +25,8 @@ class Rule:
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         second_moment: What v averages for sparse weights: the square of the update `momentum` (the
-            paper's form) or of the `gradient` (as AdamW). Ordinary parameters always use the gradient.
+            paper's form) or of the `gradient` with the same pull (AdamW where a weight is kept). Ordinary
+            parameters always use the gradient.
         decay_rule: `l2` pulls a pruned weight by λ·w, `l1` mixes λ·sign(w) into its momentum.
         masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
     """
@@ -77,12 +78,16 @@ def adamw_(
 
         W ← (1 - lr·wd) W
         m ← β1 m + (1 - β1) g
-        u ← m + λ (¬M ⊙ W)                      l2
-        u ← (1 - mix) m + mix λ sign(W) on ¬M    l1 (CAST, arXiv:2509.25996)
-        v ← β2 v + (1 - β2) u²                   or g²
+        u ← pulled(m)
+        v ← β2 v + (1 - β2) u²                   or pulled(g)²
         W ← W - lr / (1 - β1^k) · u / (sqrt(v / (1 - β2^k)) + eps)
 
-    The decay never enters m, so it is not remembered.
+        pulled(x) = x + λ (¬M ⊙ W)                      l2
+        pulled(x) = (1 - mix) x + mix λ sign(W) on ¬M    l1 (CAST, arXiv:2509.25996)
+
+    The decay never enters m, so it is not remembered. It does enter v in both forms: a pruned weight
+    with hardly any gradient would otherwise be divided by next to nothing, and overshoot zero until the
+    loss is NaN (seen at lr 4e-3 on models/base).
 
     Args:
         weight: float32 [...], the dense weight; updated.
@@ -97,17 +102,20 @@ def adamw_(
     if step.weight_decay and weight.dim() >= 2:
         weight.mul_(1 - step.lr * step.weight_decay)
     first.lerp_(grad, 1 - beta1)
-    direction = first
-    if mask is not None and step.decay:
-        if rule.decay_rule == "l2":
-            direction = first + (step.decay * weight).masked_fill_(mask, 0.0)
-        else:
-            pulled = torch.lerp(first, step.decay * weight.sign(), step.mix)
-            direction = torch.where(mask, first, pulled)
-    of = direction if mask is not None and rule.second_moment == "momentum" else grad
+    direction = pulled(first, weight, mask, rule, step)
+    of = direction if mask is not None and rule.second_moment == "momentum" else pulled(grad, weight, mask, rule, step)
     second.mul_(beta2).addcmul_(of, of, value=1 - beta2)
     root = (second / (1 - beta2**step.number)).sqrt_().add_(rule.eps)
     weight.addcdiv_(direction, root, value=-step.lr / (1 - beta1**step.number))
+
+
+def pulled(x: Tensor, weight: Tensor, mask: Tensor | None, rule: Rule, step: Step) -> Tensor:
+    """A moment or a gradient [...] with the decay of pruned weights; see `adamw_`."""
+    if mask is None or not step.decay:
+        return x
+    if rule.decay_rule == "l2":
+        return x + (step.decay * weight).masked_fill_(mask, 0.0)
+    return torch.where(mask, x, torch.lerp(x, step.decay * weight.sign(), step.mix))
 
 
 @torch.no_grad()

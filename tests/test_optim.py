@@ -53,7 +53,7 @@ def test_masks_of_other_dtypes_are_refused(dtype):
 
 def test_decay_is_not_remembered_in_the_first_moment():
     _, with_decay = optimizer()
-    model, without = optimizer()
+    _, without = optimizer()
     for number in range(1, 30):
         grad, _ = tensors(seed=number)
         for opt, decay in ((with_decay, 1e-2), (without, 0.0)):
@@ -81,13 +81,24 @@ def test_update_matches_ten_written_lines(second_moment, rule):
         w = (1 - lr * wd) * w
         m = b1 * m + (1 - b1) * g
         if rule == "l2":
-            u = m + lam * (~mask * w)
+            u, pulled = m + lam * (~mask * w), g + lam * (~mask * w)
         else:
             u = torch.where(mask, m, (1 - mix) * m + mix * lam * w.sign())
-        of = u if second_moment == "momentum" else g
+            pulled = torch.where(mask, g, (1 - mix) * g + mix * lam * w.sign())
+        of = u if second_moment == "momentum" else pulled
         v = b2 * v + (1 - b2) * of**2
         w = w - lr / (1 - b1**k) * u / ((v / (1 - b2**k)).sqrt() + eps)
     torch.testing.assert_close(weight, w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("second_moment", ["momentum", "gradient"])
+def test_a_pruned_weight_without_a_gradient_is_not_thrown_across_zero(second_moment):
+    weight, mask = torch.full((1, 4), 0.5), torch.tensor([[True, True, False, False]])
+    first, second, rule = torch.zeros(1, 4), torch.zeros(1, 4), Rule(second_moment=second_moment)
+    for number in range(100, 400):
+        adamw_(weight, torch.zeros(1, 4), first, second, mask, rule, Step(number, 4e-3, 1e-3))
+    assert float(weight.abs().max()) <= 0.5
+    assert float(weight[~mask].abs().max()) < 0.05
 
 
 def test_without_decay_and_with_the_gradient_it_is_torch_adamw():

@@ -101,6 +101,15 @@ def _rounded(weight, bits, MASTER: tl.constexpr):
 
 
 @triton.jit
+def _pulled(x, weight, decay, mix, L1: tl.constexpr):
+    """`update.pulled`."""
+    if L1:
+        sign = (weight > 0).to(tl.float32) - (weight < 0).to(tl.float32)
+        return tl.where(decay > 0, x + mix * (decay * sign - x), x)
+    return x + decay * weight
+
+
+@triton.jit
 def _updated(
     row, start, weight, kept, sparse, inside, clip, numbers, key,
     MASTER: tl.constexpr, PARAMETER: tl.constexpr, FLOAT8: tl.constexpr, MOMENTUM: tl.constexpr, L1: tl.constexpr,
@@ -116,14 +125,8 @@ def _updated(
     second = _wide(row, 4, offsets, inside, FLOAT8, FULL, ALIGNED)
     if FLOAT8:
         second = second * second
-    if L1:
-        sign = (weight > 0).to(tl.float32) - (weight < 0).to(tl.float32)
-        pulled = first + mix * (decay * sign - first)
-        pulled = tl.where(decay > 0, pulled, first)
-    else:
-        pulled = first + decay * weight
-    direction = tl.where(kept, first, pulled)
-    of = grad
+    direction = tl.where(kept, first, _pulled(first, weight, decay, mix, L1))
+    of = tl.where(kept, grad, _pulled(grad, weight, decay, mix, L1))
     if MOMENTUM:
         of = tl.where(sparse, direction, grad)
     second = second * beta2 + new_second * of * of

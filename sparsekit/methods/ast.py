@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from sparsekit.distill import Direction, Objective
@@ -22,6 +22,15 @@ from sparsekit.stats import InputNorm
 from sparsekit.train import Fit, Schedule, Trained, TrainJob, micro_batch_of, steps_of
 from sparsekit.units import Count, Fraction
 
+
+def _structured(pattern: Pattern) -> Pattern:
+    """Refuse a pattern without groups."""
+    if not pattern.structured:
+        raise ValueError(f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}')
+    return pattern
+
+
+NM = Annotated[Pattern, AfterValidator(_structured)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[Fraction, Field(ge=0, le=1)]
@@ -35,11 +44,11 @@ def ast(
     job: TrainJob,
     /,
     *,
-    pattern: Pattern = Pattern(2, 4),
+    pattern: NM = Pattern(2, 4),
     tokens: Count,
-    batch: Annotated[int, Field(ge=1)] = 128,
+    batch: Annotated[int, Field(ge=1)] = 32,
     micro_batch: Annotated[int, Field(ge=1)] | None = None,
-    lr: Positive = 1e-3,
+    lr: Positive = 2e-3,
     lr_floor: Share = 0.1,
     warmup: Share = 0.05,
     schedule: Literal["cosine", "wsd"] = "cosine",
@@ -51,11 +60,11 @@ def ast(
     hysteresis: NotNegative = 0.0,
     score: Literal["magnitude", "activation"] = "magnitude",
     forward: Literal["masked", "dense"] = "masked",
-    kl: Share = 2 / 3,
-    temperature: Positive = 2.0,
+    kl: Share = 1.0,
+    temperature: Positive = 1.0,
     kl_direction: Direction = "forward",
     hidden: NotNegative = 0.0,
-    second_moment: SecondMoment = "momentum",
+    second_moment: SecondMoment = "gradient",
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: NotNegative = 0.0,
     clip: Positive = 1.0,
@@ -73,13 +82,15 @@ def ast(
     every few steps each group keeps its largest values anew. A step before it that pruned (SparseGPT,
     Wanda) gives the first mask and the first values.
 
+    Defaults are the best measured with 26.2 M tokens of models/base, on held-out text (perplexity 27.95;
+    28.35 with the paper's form: batch 128, lr 1e-3, second_moment momentum, kl 2/3, temperature 2).
     Args:
         pattern: "N:M".
         tokens: Training tokens in all; decides the number of steps.
         batch: Windows of one optimizer step.
         micro_batch: Windows of one forward; by default what fills the device.
         lr: Highest learning rate. With second_moment momentum a step is about 4 times larger than
-            AdamW's at the same rate (RMS 0.98 lr against 0.23 lr on noise), so rates do not carry over.
+            with gradient at the same rate (RMS 0.98 lr against 0.23 lr on noise); rates do not carry over.
         lr_floor: Share of lr at the end.
         warmup: Share of the steps over which the rate rises.
         schedule: `cosine`, or `wsd`: constant, then falling over the last fifth.
@@ -97,7 +108,8 @@ def ast(
         temperature: Of the divergence, with the usual factor T².
         kl_direction: `forward` is KL(teacher ‖ student), `reverse` the other way around.
         hidden: Weight of the distance of the blocks' outputs from the teacher's (SquareHead).
-        second_moment: v averages the square of the `momentum` plus decay (paper) or of the `gradient`.
+        second_moment: v averages the square of the `momentum` plus decay (paper) or of the `gradient`
+            plus decay, which is AdamW for kept weights.
         betas: Of the two moments.
         weight_decay: Ordinary weight decay.
         clip: Limit of the global norm of the gradient; the decay is added after it.
@@ -114,7 +126,8 @@ def ast(
     Deviations: the released optimizer has the sign of the decay inverted by an integer mask; here it
     pulls pruned weights to zero, as the paper writes. Masks come from float32 weights, between steps.
     The mask is frozen for the last steps, which the paper leaves to λ. Dropout is off. The paper's
-    Eq. 4 has no temperature, its code has T = 2; here it is a parameter.
+    Eq. 4 has no temperature, its code has T = 2; here it is a parameter. By default the loss is the
+    divergence alone and v is AdamW's for kept weights.
     """
     if not pattern.structured:
         raise MethodError(f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}')
