@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from sparsekit.errors import nearest
+from sparsekit.formats import FORMATS
 from sparsekit.units import Count, Fraction
 
 BUILT_IN_TEXTS = ("calibration", "heldout", "train")
-FORMATS = ("dense", "gptq")
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -1,8 +1,9 @@
 """Exports: a Hugging Face directory other software opens, and the true number of its bytes.
 
-Dense: every value as it is, zeros stored. GPTQ: the linears of the blocks as integers in the layout
-of `packing`, everything else dense. There is never a `sparsity_config`: the engines that still know
-the key refuse to load a model that has one (vllm-project/vllm issue 51190).
+What is particular to a format is in `sparsekit.formats`; here is what all have in common: shards,
+configuration, tokenizer, masks, digests, and the proof that what was written reads back. There is
+never a `sparsity_config`: the engines that still know the key refuse to load a model that has one
+(vllm-project/vllm issue 51190).
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from sparsekit import __version__
 from sparsekit.checkpoint import BlockState, write_json, write_tensors
-from sparsekit.engines import dense_engines, gptq_engines
 from sparsekit.errors import CheckpointError
-from sparsekit.gptqformat import FormatChoice, gptq_setting, legacy_config, quantization_config
+from sparsekit.formats.base import Format, Setting, Storage, find_setting
 from sparsekit.hfdir import (
     MARKER,
     MAX_SHARD,
@@ -33,13 +33,12 @@ from sparsekit.hfdir import (
     reader_config,
     staged,
 )
-from sparsekit.packing import PackedLinear, pack_linear
+from sparsekit.imports import MASKS, QuantizedFiles
 from sparsekit.pattern import Pattern
 from sparsekit.sizes import ExportReport, Tally
 
 Blocks = Callable[[int], BlockState]
 
-MASKS = Path("sparsekit") / "masks.safetensors"  # in a folder: loaders read every *.safetensors beside the model
 SAME_LOGITS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest |logit|
 
 
@@ -61,7 +60,8 @@ class ExportedModel(Protocol):
         """The tensors outside the blocks under their Hugging Face names."""
 
 
-def export_dense(
+def export_as(
+    storage_format: Format,
     view: ExportedModel,
     blocks: Blocks,
     directory: Path,
@@ -70,107 +70,107 @@ def export_dense(
     patterns: Mapping[str, Pattern] | None = None,
     tokenizer_dir: Path | None = None,
     max_shard: int = MAX_SHARD,
+    layout: str = "auto",
 ) -> ExportReport:
-    """Write the model with the values it computes with, zeros stored, in the original's dtype.
+    """Write the model in one of the formats, and read its integers back before it takes its place.
 
     Args:
-        view: The model.
-        blocks: State of each block by index.
+        storage_format: Of `sparsekit.formats`.
+        view: The model; integers are packed on its device.
+        blocks: State of each block by index; called up to three times for every block.
         directory: Where to; an earlier export there is replaced in one step.
         name: Of the recipe, for `sparsekit.json`.
         patterns: The pattern each linear must hold, by full name; counted once more here.
         tokenizer_dir: Where the tokenizer lies, when not with the model.
         max_shard: Bytes of a weight file.
+        layout: One of the format's layouts; "auto" lets the format choose.
     Raises:
-        CheckpointError: The place cannot be written; nothing is left behind.
+        CheckpointError: A layer has no such layout, found before anything is written, or the place
+            cannot be written, or it reads back differently; nothing is left behind.
         PatternError: A linear breaks its pattern.
     """
-    patterns, tally = patterns or {}, Tally()
+    storage, tally = storage_format.storage, Tally()
+    setting = None if storage is None else find_setting(storage, _named_blocks(view, blocks), layout)
     with staged(directory, view.path) as target:
-        writer = _Writer(ShardWriter(target, max_shard), tally)
-        for index in range(len(view.blocks)):
-            block = blocks(index)
-            for linear, state in block.linears.items():
-                tally.record(state, patterns.get(linear))
-            writer.dense(view.to_hf(index, block))
+        writer = _Writer(ShardWriter(target, max_shard, "model" if storage is None else storage.stem), tally)
+        left_dense = _write_blocks(view, blocks, patterns or {}, writer, storage, setting)
         writer.dense(_untied(view.rest_to_hf()))
-        notes = _write_companions(view, target, tokenizer_dir or view.path, {})
+        extra: dict[str, Any] = {}
+        if storage is not None and setting is not None:
+            extra = {"quantization_config": storage.config(setting, left_dense)}
+            for file, content in storage.companions(setting).items():
+                write_json(target / file, content)
+        notes = _write_companions(view, target, tokenizer_dir or view.path, extra)
+        _write_masks(target, tally)
         files = writer.close(target)
-        _write_marker(target, "dense", name, tally, files)
+        written = storage_format.name if setting is None else _written(storage_format, setting)
+        _write_marker(target, written, name, tally, files)
+        if storage is not None and setting is not None:
+            _read_back(target, view, blocks)
+            notes += [*storage.notes(setting, bool(tally.masks)), *_dense_note(left_dense)]
     return ExportReport(
-        format="dense",
+        format=written,
         directory=directory,
         bytes=tally.bytes,
         parameters=tally.parameters,
-        bits_per_weight=None,
-        engines=tuple(dense_engines()),
+        bits_per_weight=tally.bits_per_weight,
+        engines=tuple(storage_format.engines(setting)),
         notes=tuple(notes),
         files=files,
     )
 
 
-def export_gptq(
+def _written(storage_format: Format, setting: Setting) -> str:
+    """What the format is called in reports: with its layout where that has a name of its own."""
+    return setting.layout if setting.layout.startswith(storage_format.name) else storage_format.name
+
+
+def _write_blocks(
     view: ExportedModel,
     blocks: Blocks,
-    directory: Path,
-    *,
-    name: str = "",
-    patterns: Mapping[str, Pattern] | None = None,
-    tokenizer_dir: Path | None = None,
-    max_shard: int = MAX_SHARD,
-    checkpoint_format: FormatChoice = "auto",
-) -> ExportReport:
-    """Write the model with its quantized linears in the GPTQ layout.
-
-    Args:
-        view: The model.
-        blocks: State of each block by index; called twice for every block.
-        directory: Where to; an earlier export there is replaced in one step.
-        name: Of the recipe, for `sparsekit.json`.
-        patterns: The pattern each linear must hold, by full name; counted once more here.
-        tokenizer_dir: Where the tokenizer lies, when not with the model.
-        max_shard: Bytes of a weight file.
-        checkpoint_format: "auto" writes version 1 for symmetric grids, which every reader takes, and
-            version 2 for asymmetric ones.
-    Raises:
-        CheckpointError: A layer has no such layout, found before anything is written, or the place
-            cannot be written; nothing is left behind.
-        PatternError: A linear breaks its pattern.
-    """
-    setting = gptq_setting(_named_blocks(view, blocks), checkpoint_format)
-    patterns, tally = patterns or {}, Tally()
+    patterns: Mapping[str, Pattern],
+    writer: _Writer,
+    storage: Storage | None,
+    setting: Setting | None,
+) -> list[str]:
+    """Write every block; returns the linears that are not stored as integers."""
     left_dense: list[str] = []
-    with staged(directory, view.path) as target:
-        writer = _Writer(ShardWriter(target, max_shard), tally)
-        for index in range(len(view.blocks)):
-            block = blocks(index)
-            tensors = view.to_hf(index, block)
-            for linear, state in block.linears.items():
-                tally.record(state, patterns.get(linear))
-                if state.quantized is None:
-                    left_dense.append(linear)
-                    continue
+    for index in range(len(view.blocks)):
+        block = blocks(index)
+        tensors = view.to_hf(index, block)
+        for linear, state in block.linears.items():
+            writer.tally.record(state, patterns.get(linear))
+            told = None
+            if storage is None or setting is None or state.quantized is None:
+                left_dense.append(linear)
+            else:
                 del tensors[f"{linear}.weight"]
-                packed = pack_linear(state.quantized, checkpoint_format=setting.checkpoint_format, name=linear)
-                writer.packed(linear, packed, state.quantized.codes.numel())
-            writer.dense(tensors)
-        writer.dense(_untied(view.rest_to_hf()))
-        config = {"quantization_config": quantization_config(setting, left_dense)}
-        notes = _write_companions(view, target, tokenizer_dir or view.path, config)
-        write_json(target / "quantize_config.json", legacy_config(setting))
-        _write_masks(target, tally)
-        files = writer.close(target)
-        _write_marker(target, setting.checkpoint_format, name, tally, files)
-    return ExportReport(
-        format=setting.checkpoint_format,
-        directory=directory,
-        bytes=tally.bytes,
-        parameters=tally.parameters,
-        bits_per_weight=tally.bits_per_weight,
-        engines=tuple(gptq_engines(setting)),
-        notes=(*notes, *_gptq_notes(tally, left_dense)),
-        files=files,
-    )
+                mask = None if state.mask is None else state.mask.to(view.device)
+                packed = storage.pack(state.quantized.to(view.device), setting.layout, mask)
+                writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
+                told = storage.mask(packed)
+            if state.mask is not None and (told is None or not torch.equal(told.to(state.mask.device), state.mask)):
+                writer.tally.add_mask(linear, state.mask)
+        writer.dense(tensors)
+    return left_dense
+
+
+def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
+    """Hold every integer and every mask of the files against the run's.
+
+    Raises:
+        CheckpointError: One differs.
+    """
+    stored = QuantizedFiles(target)
+    for index in range(len(view.blocks)):
+        for name, state in blocks(index).linears.items():
+            if state.quantized is None:
+                continue
+            found = stored[name]
+            assert found.quantized is not None  # it is a mapping of quantized linears
+            masked = state.mask is None or (found.mask is not None and torch.equal(found.mask, state.mask))
+            if not (masked and state.quantized.equal(found.quantized)):
+                raise CheckpointError(f"{name} reads back from {target} as other integers than were written")
 
 
 def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: ExportedModel) -> float:
@@ -212,21 +212,21 @@ class _Writer:
 
     def __init__(self, shards: ShardWriter, tally: Tally) -> None:
         self._shards = shards
-        self._tally = tally
+        self.tally = tally
 
     def dense(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self._shards.add(name, tensor)
-            self._tally.add_dense(tensor)
+            self.tally.add_dense(tensor)
 
-    def packed(self, name: str, packed: PackedLinear, weights: int) -> None:
-        for key, tensor in packed.tensors(name).items():
-            self._shards.add(key, tensor)
-        self._tally.add_packed(packed, weights)
+    def packed(self, name: str, tensors: Mapping[str, Tensor], parts: Mapping[str, str], weights: int) -> None:
+        for suffix, tensor in tensors.items():
+            self._shards.add(f"{name}.{suffix}", tensor)
+        self.tally.add_packed(tensors, parts, weights)
 
     def close(self, target: Path) -> dict[str, dict[str, Any]]:
         paths = self._shards.close()
-        self._tally.check(sum(map(header_bytes, paths)), sum(path.stat().st_size for path in paths))
+        self.tally.check(sum(map(header_bytes, paths)), sum(path.stat().st_size for path in paths))
         return file_digests(target, paths)
 
 
@@ -272,12 +272,6 @@ def _write_marker(
     write_json(target / MARKER, {**about, **masks})
 
 
-def _gptq_notes(tally: Tally, left_dense: Sequence[str]) -> Iterator[str]:
-    yield (
-        "readers multiply codes by float16 scales in their own precision; the run rounds the products to the "
-        "model's dtype: the same integers and scales, logits that differ in the last bits"
-    )
-    if tally.masks:
-        yield "the zeros of the pattern are stored as ordinary codes: no smaller and no faster than dense integers"
+def _dense_note(left_dense: Sequence[str]) -> Iterator[str]:
     if left_dense:
         yield f"{len(left_dense)} linears inside the blocks stay dense: {', '.join(left_dense)}"

@@ -99,8 +99,9 @@ def _exchange(one: Path, two: Path) -> bool:
 class ShardWriter:
     """Writes tensors in the order they come, a new file when the limit is reached."""
 
-    def __init__(self, directory: Path, limit: int = MAX_SHARD) -> None:
+    def __init__(self, directory: Path, limit: int = MAX_SHARD, stem: str = "model") -> None:
         self._directory = directory
+        self._stem = stem
         self._limit = limit
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
@@ -136,13 +137,14 @@ class ShardWriter:
         weight_map: dict[str, str] = {}
         files = []
         for number, names in enumerate(self._shards, 1):
-            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+            name = f"{self._stem}{part}.safetensors"
             os.rename(self._part(number), self._directory / name)
             files.append(self._directory / name)
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self._directory / "model.safetensors.index.json", index)
+            write_json(self._directory / f"{self._stem}.safetensors.index.json", index)
         return files
 
 

@@ -47,6 +47,16 @@ class Grid:
         Returns:
             Grid with `scale` and `zero` of shape [...].
         """
+        if weight.is_cuda:
+            from sparsekit.kernels.oneshot import fit_kernel  # noqa: PLC0415 - the kernels know grids
+
+            if kernel := fit_kernel("auto", weight):
+                return cls(*kernel(weight, bits, symmetric, mse), bits)
+        return cls.fit_reference(weight, bits, symmetric=symmetric, mse=mse)
+
+    @classmethod
+    def fit_reference(cls, weight: Tensor, bits: int, *, symmetric: bool, mse: bool) -> Grid:
+        """`fit` in plain torch: what runs on a CPU, and what the kernel is tested against."""
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
@@ -106,7 +116,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: uint8 [out, in], values 0..2^bits-1.
-        scale: float16 [out, groups].
+        scale: float16 [out, groups]; a checkpoint of others may bring bfloat16 or float32.
         zero: uint8 [out, groups].
         group_of: int32 [in], the group each input belongs to.
         bits: 2 to 8.
@@ -144,6 +154,23 @@ class QuantizedWeight:
             group_size=group_size,
             symmetric=symmetric,
         )
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same integers on a device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero=self.zero.to(device),
+            group_of=self.group_of.to(device),
+        )
+
+    def equal(self, other: QuantizedWeight) -> bool:
+        """Whether every integer, scale and setting is the same; scales may differ in dtype, not in value."""
+        about = (self.bits, self.group_size, self.symmetric) == (other.bits, other.group_size, other.symmetric)
+        pairs = ((self.codes, other.codes), (self.zero, other.zero), (self.group_of, other.group_of))
+        same = about and all(torch.equal(one, two) for one, two in pairs)
+        return same and torch.equal(self.scale.float(), other.scale.float())
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out, in] the integers stand for; zeros are exactly +0.0."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from sparsekit.complaints import complain
 from sparsekit.entries import STRICT, Exports, FileName, Measurements, ModelEntry, Seed, Text, TextEntry, Texts
 from sparsekit.errors import PluginError, RecipeError, nearest
+from sparsekit.formats import FORMATS
 from sparsekit.registry import METHODS
 from sparsekit.step import Step, known_keys, plain_json, steps_schema
 from sparsekit.units import Fraction
@@ -197,10 +198,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     yield from _missing_texts(recipe)
     yield from _wrong_measurements(recipe)
     yield from _wrong_paths(recipe)
-    if "gptq" in recipe.export.formats and all(step.method.kind != "quantize" for step in recipe.steps):
-        message = "a gptq export holds integers, and no step quantizes; add one such as method: gptq"
-        yield ("export", "formats", recipe.export.formats.index("gptq")), message
+    # without steps the model may be a quantized checkpoint
+    integers = not recipe.steps or any(step.method.kind == "quantize" for step in recipe.steps)
     for index, name in enumerate(recipe.export.formats):
+        if FORMATS[name].storage is not None and not integers:
+            message = f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
+            yield ("export", "formats", index), message
         if name in recipe.export.formats[:index]:
             yield ("export", "formats", index), f"format {name!r} is listed twice"
 

@@ -26,7 +26,8 @@ from sparsekit.checkpoint import RunLock, StepStore, read_json, remove_temporari
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluate import perplexity
-from sparsekit.export import export_dense, export_gptq, verify_dense
+from sparsekit.export import export_as, verify_dense
+from sparsekit.formats import FORMATS
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan, PlannedStep, make_plan
@@ -253,14 +254,23 @@ class Run:
         target = self.recipe.export_directory()
         reports, files = [], {}
         for name in self.recipe.export.formats:
-            write = {"dense": export_dense, "gptq": export_gptq}[name]
-            result = write(self.view, chain.block, target / name, name=self.recipe.name, patterns=self._patterns())
+            result = export_as(
+                FORMATS[name],
+                self.view,
+                chain.block,
+                target / name,
+                name=self.recipe.name,
+                patterns=self._patterns(),
+            )
             reports.append(result.as_dict())
             files[name] = target / name
-        if "dense" in files:
+        plain = [directory for name, directory in files.items() if FORMATS[name].storage is None]
+        if plain:
             tokens = torch.arange(64).remainder(self.view.config.get_text_config().vocab_size).unsqueeze(0)
             with chain.forward() as forward:
-                verify_dense(files["dense"], tokens, forward(tokens), self.view)
+                logits = forward(tokens)
+                for directory in plain:
+                    verify_dense(directory, tokens, logits, self.view)
         return reports, files
 
     def _patterns(self) -> Mapping[str, Pattern]:

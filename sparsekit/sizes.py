@@ -12,7 +12,6 @@ from torch import Tensor
 from sparsekit.checkpoint import pack_mask
 from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError, PatternError
-from sparsekit.packing import PackedLinear
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
 
@@ -25,12 +24,12 @@ class ExportBytes:
 
     Attributes:
         codes: Packed integers.
-        positions: Positions of the kept weights; 0, GPTQ and dense store the zeros themselves.
+        positions: Positions of the kept weights; 0 where the zeros themselves are stored.
         scales: Step of each group.
         zeros: Packed zero-points.
-        groups: The group of each input (`g_idx`).
+        groups: The group of each input, where it is stored.
         dense: Everything that is not quantized.
-        headers: Names and shapes in the safetensors files.
+        headers: Names and shapes, in the headers of the safetensors files and beside the integers.
         files: Real size of the weight files.
         masks: Real size of the mask file, which no engine reads; not part of `files`.
     """
@@ -56,7 +55,7 @@ class ExportReport:
     """What was written.
 
     Attributes:
-        format: "dense", "gptq" or "gptq_v2".
+        format: Name of the format, or of its layout where it has several ("gptq", "gptq_v2").
         directory: Where.
         bytes: True sizes.
         parameters: Of the model, tied ones once.
@@ -117,28 +116,29 @@ class Tally:
             "violations": broken,
             "bits": state.quantized.bits if state.quantized else None,
         }
-        if state.mask is not None:
-            self.masks[state.name] = pack_mask(state.mask)
+
+    def add_mask(self, name: str, mask: Tensor) -> None:
+        """Take a mask for the mask file."""
+        self.masks[name] = pack_mask(mask).cpu()
 
     def add_dense(self, tensor: Tensor) -> None:
         """Count a tensor that is stored as it is."""
         self.parameters += tensor.numel()
         self.bytes.dense += tensor.nbytes
 
-    def add_packed(self, packed: PackedLinear, weights: int) -> None:
-        """Count a packed linear of so many weights."""
+    def add_packed(self, tensors: Mapping[str, Tensor], parts: Mapping[str, str], weights: int) -> None:
+        """Count a packed linear of so many weights; `parts` names the field that counts each tensor."""
         self.parameters += weights
         self.quantized += weights
-        self.bytes.codes += packed.qweight.nbytes
-        self.bytes.scales += packed.scales.nbytes
-        self.bytes.zeros += packed.qzeros.nbytes
-        self.bytes.groups += packed.g_idx.nbytes
+        for suffix, tensor in tensors.items():
+            field_name = parts[suffix]
+            setattr(self.bytes, field_name, getattr(self.bytes, field_name) + tensor.nbytes)
 
     @property
     def bits_per_weight(self) -> float | None:
         """Stored bits of a quantized weight, scales and all; None when there is none."""
         held = self.bytes
-        stored = held.codes + held.scales + held.zeros + held.groups
+        stored = held.codes + held.positions + held.scales + held.zeros + held.groups
         return 8 * stored / self.quantized if self.quantized else None
 
     def check(self, headers: int, files: int) -> None:
@@ -147,6 +147,7 @@ class Tally:
         Raises:
             CheckpointError: They differ by more than one percent.
         """
-        self.bytes.headers, self.bytes.files = headers, files
+        self.bytes.headers += headers
+        self.bytes.files = files
         if abs(self.bytes.total - files) > BYTES_AGREE * files:
             raise CheckpointError(f"counted {self.bytes.total:,} bytes, but the weight files hold {files:,}")

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsekit import hfdir
 from sparsekit.checkpoint import BlockState, read_json, read_tensors, unpack_mask, write_json
-from sparsekit.engines import GptqSetting, gptq_engines
 from sparsekit.errors import CheckpointError, PatternError
-from sparsekit.export import export_dense, export_gptq, verify_dense
+from sparsekit.export import export_as, verify_dense
+from sparsekit.formats import FORMATS
+from sparsekit.formats.base import Setting
 from sparsekit.hfdir import reader_config
-from sparsekit.packing import PackedLinear, unpack_linear
+from sparsekit.imports import load_quantized
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState
+
+export_dense = partial(export_as, FORMATS["dense"])
+export_gptq = partial(export_as, FORMATS["gptq"])
 
 TOKENS = torch.arange(24).remainder(96).reshape(2, 12)
 
@@ -119,18 +124,7 @@ def patterns(view: View) -> dict[str, Pattern]:
 
 
 def unpacked(directory: Path) -> dict[str, QuantizedWeight]:
-    tensors = load_file(directory / "model.safetensors")
-    about = read_json(directory / "config.json")["quantization_config"]
-    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    keys = ("qweight", "qzeros", "scales", "g_idx")
-    return {
-        name: unpack_linear(
-            PackedLinear(*(tensors[f"{name}.{key}"] for key in keys)),
-            bits=about["bits"], group_size=about["group_size"], symmetric=about["sym"],
-            checkpoint_format=about["checkpoint_format"],
-        )
-        for name in names
-    }  # fmt: skip
+    return {name: state.quantized for name, state in load_quantized(directory).items()}
 
 
 def test_dense_export_computes_the_same_logits(view, tmp_path):
@@ -270,7 +264,7 @@ def test_what_gptq_cannot_say_is_named_before_anything_is_written(view, tmp_path
     failing(view, tmp_path, lambda state: quantize(state, 5), r"q_proj.*and 10 more: 5 bits have no GPTQ layout")
     asymmetric = blocks_of(view, lambda state: quantize(state.updated(state.source.abs()), symmetric=False))
     with pytest.raises(CheckpointError, match="gptq_v2, or quantize symmetrically"):
-        export_gptq(view, asymmetric, tmp_path / "out", checkpoint_format="gptq")
+        export_gptq(view, asymmetric, tmp_path / "out", layout="gptq")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -360,10 +354,10 @@ def test_bytes_are_those_of_the_files_and_shards_have_an_index(view, tmp_path):
 def test_engines_say_what_was_tried():
     def verdicts(**changes) -> list[str]:
         setting = {
-            "bits": 4, "group_size": 64, "symmetric": True, "act_order": False, "checkpoint_format": "gptq",
+            "bits": 4, "group_size": 64, "symmetric": True, "act_order": False, "layout": "gptq",
             "complete": True,
         }  # fmt: skip
-        notes = gptq_engines(GptqSetting(**(setting | changes)))
+        notes = FORMATS["gptq"].engines(Setting(**(setting | changes)))
         assert all(note.checked == "2026-11-24" and note.sentence.endswith(".") for note in notes)
         return [note.verdict for note in notes]
 

@@ -4,10 +4,28 @@ import pytest
 import torch
 
 from sparsekit.errors import CheckpointError
-from sparsekit.packing import PACKABLE_BITS, PackedLinear, pack_linear, pack_rows, unpack_linear, unpack_rows
+from sparsekit.formats.base import Setting
+from sparsekit.formats.gptq import PACKABLE_BITS, Gptq
+from sparsekit.packing import pack_padded, pack_rows, unpack_padded, unpack_rows
 from sparsekit.quant import Grid, QuantizedWeight
+from sparsekit.state import LinearState
 
 OUT, IN, GROUP = 64, 96, 32
+GPTQ = Gptq()
+
+
+def pack_linear(weight: QuantizedWeight, layout: str = "gptq") -> dict[str, torch.Tensor]:
+    return GPTQ.pack(weight, layout)
+
+
+def unpack_linear(
+    packed: dict[str, torch.Tensor], *, bits: int, group_size: int, symmetric: bool, layout: str = "gptq"
+) -> QuantizedWeight:
+    return GPTQ.unpack(packed, Setting(bits, group_size, symmetric, False, layout))
+
+
+def obstacle(weight: QuantizedWeight, layout: str = "gptq") -> str | None:
+    return GPTQ.obstacle(LinearState("a.q", weight.dequantize(), quantized=weight), layout)
 
 
 def quantized(bits: int, symmetric: bool = True, group: int = GROUP, seed: int = 0) -> QuantizedWeight:
@@ -32,14 +50,14 @@ def assert_same(one: QuantizedWeight, two: QuantizedWeight) -> None:
 @pytest.mark.parametrize(("symmetric", "version"), [(True, "gptq"), (True, "gptq_v2"), (False, "gptq_v2")])
 def test_unpacking_is_the_exact_inverse(bits, symmetric, version):
     weight = quantized(bits, symmetric)
-    packed = pack_linear(weight, checkpoint_format=version)
-    assert packed.qweight.shape == (IN * bits // 32, OUT)
-    assert packed.qzeros.shape == (IN // GROUP, OUT * bits // 32)
-    assert packed.scales.shape == (IN // GROUP, OUT)
-    assert {packed.qweight.dtype, packed.qzeros.dtype, packed.g_idx.dtype} == {torch.int32}
-    assert packed.scales.dtype == torch.float16
-    assert all(tensor.is_contiguous() for tensor in packed.tensors("x").values())
-    back = unpack_linear(packed, bits=bits, group_size=GROUP, symmetric=symmetric, checkpoint_format=version)
+    packed = pack_linear(weight, layout=version)
+    assert packed["qweight"].shape == (IN * bits // 32, OUT)
+    assert packed["qzeros"].shape == (IN // GROUP, OUT * bits // 32)
+    assert packed["scales"].shape == (IN // GROUP, OUT)
+    assert {packed["qweight"].dtype, packed["qzeros"].dtype, packed["g_idx"].dtype} == {torch.int32}
+    assert packed["scales"].dtype == torch.float16
+    assert all(tensor.is_contiguous() for tensor in packed.values())
+    back = unpack_linear(packed, bits=bits, group_size=GROUP, symmetric=symmetric, layout=version)
     assert_same(weight, back)
 
 
@@ -48,23 +66,23 @@ def test_version_1_holds_every_zero_point_but_zero(bits):
     base = quantized(bits, symmetric=False)
     zero = torch.arange(base.zero.numel()).remainder(2**bits - 1).add(1).reshape(base.zero.shape).to(torch.uint8)
     weight = dataclasses.replace(base, zero=zero)  # 1 .. 2^bits - 1
-    packed = pack_linear(weight, checkpoint_format="gptq")
+    packed = pack_linear(weight, layout="gptq")
     assert_same(weight, unpack_linear(packed, bits=bits, group_size=GROUP, symmetric=False))
 
 
 def test_a_zero_point_of_zero_is_refused_in_version_1_only():
     base = quantized(4, symmetric=False)
     weight = dataclasses.replace(base, zero=base.zero.index_fill(1, torch.tensor([0]), 0))
-    with pytest.raises(CheckpointError, match=r"a\.q.*gptq_v2, or quantize symmetrically"):
-        pack_linear(weight, name="a.q")
-    packed = pack_linear(weight, checkpoint_format="gptq_v2")
-    back = unpack_linear(packed, bits=4, group_size=GROUP, symmetric=False, checkpoint_format="gptq_v2")
+    assert "gptq_v2, or quantize symmetrically" in obstacle(weight)
+    assert obstacle(weight, "gptq_v2") is None
+    packed = pack_linear(weight, layout="gptq_v2")
+    back = unpack_linear(packed, bits=4, group_size=GROUP, symmetric=False, layout="gptq_v2")
     assert_same(weight, back)
 
 
 def test_zero_points_as_readers_expect_them():
     def word(version: str) -> set[int]:
-        qzeros = pack_linear(quantized(4), checkpoint_format=version).qzeros
+        qzeros = pack_linear(quantized(4), layout=version)["qzeros"]
         return {value & 0xFFFFFFFF for value in qzeros.flatten().tolist()}
 
     assert word("gptq") == {0x77777777}
@@ -107,8 +125,7 @@ def test_permuted_groups_and_one_group_a_row():
 
 @pytest.mark.parametrize("bits", [5, 6, 7])
 def test_bits_without_a_layout(bits):
-    with pytest.raises(CheckpointError, match=f"layers.0.*{bits} bits have no GPTQ layout"):
-        pack_linear(quantized(bits), name="layers.0")
+    assert f"{bits} bits have no GPTQ layout" in obstacle(quantized(bits))
 
 
 @pytest.mark.parametrize("shape", [(64, 40), (48, 96)])
@@ -116,17 +133,29 @@ def test_shapes_that_do_not_divide(shape):
     codes = torch.zeros(shape, dtype=torch.uint8)
     grid = Grid(torch.ones(shape[0], 1), torch.full((shape[0], 1), 8.0), 4)
     weight = QuantizedWeight.of(codes, grid, group_size=shape[1], symmetric=True)
-    with pytest.raises(CheckpointError, match="multiple of 32"):
-        pack_linear(weight)
+    assert "multiple of 32" in obstacle(weight)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("bits", PACKABLE_BITS)
-def test_cuda_packs_the_same_words(bits):
-    weight = quantized(bits)
-    there = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
-    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in there.items()}
-    one, two = pack_linear(weight), pack_linear(QuantizedWeight(**there))
-    for name in ("qweight", "qzeros", "scales", "g_idx"):
-        assert torch.equal(getattr(one, name), getattr(two, name).cpu())
-    assert isinstance(two, PackedLinear)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_of_any_length(bits):
+    codes = torch.randint(0, 2**bits, (3, 37), generator=torch.Generator().manual_seed(bits))
+    words = pack_padded(codes, bits)
+    assert words.shape == (3, -(-37 * bits // 32))
+    assert torch.equal(unpack_padded(words, bits, 37), codes.int())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_version_1_by_others_with_a_zero_point_of_zero(bits):
+    """GPTQModel subtracts one from whole words: a 0 borrows from its neighbour, and reading adds it back."""
+    base = quantized(bits, symmetric=False)
+    weight = dataclasses.replace(base, zero=base.zero.index_fill(0, torch.tensor([0, 5]), 0))
+    version_2 = pack_linear(weight, "gptq_v2")
+    ones = sum(1 << place for place in range(0, 32, bits))
+    words = (version_2["qzeros"].long() - ones) & 0xFFFFFFFF
+    version_1 = version_2 | {"qzeros": torch.where(words >= 2**31, words - 2**32, words).int()}
+    assert_same(weight, unpack_linear(version_1, bits=bits, group_size=GROUP, symmetric=False))
+
+
+def test_a_mislabelled_version_is_named():
+    with pytest.raises(CheckpointError, match="zero-points of 8; here some are 9.*labelled wrongly"):
+        unpack_linear(pack_linear(quantized(4), "gptq_v2"), bits=4, group_size=GROUP, symmetric=True, layout="gptq")

@@ -1,0 +1,25 @@
+"""Dense: every value as the model computes with it, zeros stored."""
+
+from __future__ import annotations
+
+from sparsekit.engines import EngineNote
+from sparsekit.formats.base import Format, Setting
+
+
+def _engines(setting: Setting | None) -> list[EngineNote]:
+    return [
+        EngineNote(
+            "Transformers 5.23",
+            "loads",
+            "Opens with AutoModelForCausalLM.from_pretrained like the original; the run compares its logits.",
+        ),
+        EngineNote(
+            "other readers of the original model",
+            "not checked",
+            "The directory has the original's tensor names and shapes. The zeros are stored as zeros: "
+            "same size and same speed as the original.",
+        ),
+    ]
+
+
+FORMAT = Format("dense", None, _engines)
