@@ -32,7 +32,7 @@ LOG_FROM = 50.0  # a curve that spans a larger ratio is drawn logarithmically
 def curve_charts(curve: Sequence[Record]) -> Iterator[tuple[str, Markup]]:
     """Title and drawing of everything a training step logged."""
     for title, unit, keys in CURVES:
-        series = [Series(label, _points(curve, key)) for key, label in keys.items()]
+        series = [Series(label, curve_points(curve, key)) for key, label in keys.items()]
         series = [one for one in series if one.points]
         if series:
             ratio = _ratio([point.y for one in series for point in one.points])
@@ -40,7 +40,7 @@ def curve_charts(curve: Sequence[Record]) -> Iterator[tuple[str, Markup]]:
             yield title, line_chart(series, axes)
 
 
-def _points(curve: Sequence[Record], key: str) -> list[Point]:
+def curve_points(curve: Sequence[Record], key: str) -> list[Point]:
     """A logged value against tokens, thinned evenly, the last one kept."""
     points = [
         Point(float(record.get("tokens", record.get("step", index))), float(record[key]))
@@ -56,8 +56,13 @@ def _ratio(values: Sequence[float]) -> float:
     return max(values) / min(values) if min(values) > 0 else 1.0
 
 
-def error_map(step: Record) -> Markup | None:
-    """Error of each layer, rows by kind of layer and columns by block; None without layers in blocks."""
+def error_map(step: Record, span: tuple[float, float] | None = None) -> Markup | None:
+    """Error of each layer, rows by kind of layer and columns by block; None without layers in blocks.
+
+    Args:
+        step: Summary of a step.
+        span: Errors of the palest and the darkest shade; by default the step's own.
+    """
     places = [(place(layer["name"]), layer) for layer in step["layers"]]
     held: dict[tuple[str, int], list[Record]] = {}
     for at, layer in places:
@@ -75,6 +80,7 @@ def error_map(step: Record) -> Markup | None:
         cells,
         title=f"Relative squared error of the {of} of each layer, step {step['index'] + 1} {step['method']}",
         column_label="block",
+        span=span,
     )
 
 

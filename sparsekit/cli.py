@@ -85,6 +85,26 @@ def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], dry
 
 
 @main.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_set
+@_plugin
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the comparison; default runs/NAME.")
+@click.option("--deploy", is_flag=True, help="Measure the speed of every arm on this device too.")
+@_named_errors
+def compare(
+    sources: tuple[Path, ...], overrides: tuple[str, ...], plugins: tuple[Path, ...], out: Path | None, deploy: bool
+) -> None:
+    """Compare recipes, the arms of one file with `variants:`, or finished run directories."""
+    from rich.console import Console
+
+    from sparsekit.compare import compare_sources
+    from sparsekit.console_compare import ComparisonTerminal
+
+    terminal = ComparisonTerminal(Console())
+    compare_sources(sources, overrides, plugins=plugins, out=out, deploy=deploy, listener=terminal)
+
+
+@main.command()
 @click.argument("name", required=False)
 @_plugin
 @_named_errors

@@ -96,12 +96,24 @@ class Texts(BaseModel):
     evaluation: dict[FileName, TextEntry] = Field(default_factory=dict)
 
 
+class Redo(BaseModel):
+    """What to do about the worst layers when a gate is missed."""
+
+    model_config = STRICT
+
+    bits: Annotated[int, Field(ge=2, le=8)] | None = Field(
+        None, description="Quantize them anew with so many bits; left as the step before had them when absent."
+    )
+    most: Annotated[int, Field(ge=1)] = Field(4, description="Layers that may be redone; 1, 2, 4, ... are tried.")
+
+
 class Gates(BaseModel):
     """Limits that make a run exit with code 3."""
 
     model_config = STRICT
 
     max_ppl_increase: Fraction | None = Field(None, description="Over the dense model, on every text; 5% or 0.05.")
+    redo: Redo | None = Field(None, description="Redo the layers with the largest error until the gate holds.")
 
 
 class Tasks(BaseModel):
@@ -120,8 +132,18 @@ class Measurements(BaseModel):
     model_config = STRICT
 
     perplexity: list[str] = Field(default_factory=list, description="Names under data.evaluation.")
+    agreement: bool | list[str] = Field(
+        False, description="KL and top-1 agreement with the dense model: true for every text, or their names."
+    )
     gates: Gates = Field(default_factory=Gates)
     lm_eval: Tasks = Field(default_factory=Tasks)
+
+    @property
+    def agreeing(self) -> list[str]:
+        """Texts on which agreement with the dense model is measured."""
+        if isinstance(self.agreement, list):
+            return list(self.agreement)
+        return list(self.perplexity) if self.agreement else []
 
 
 class Exports(BaseModel):

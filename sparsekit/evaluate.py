@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from sparsekit.errors import NumericsError
 from sparsekit.zeroshot import lm_eval_scores
 
-__all__ = ["Agreement", "Score", "agreement", "lm_eval_scores", "perplexity", "window_losses"]
+__all__ = ["Agreement", "Agreements", "Score", "agreement", "lm_eval_scores", "perplexity", "window_losses"]
 
 CHUNK = 1 << 24  # logits turned to float32 at a time: 64 MB
 
@@ -157,6 +158,36 @@ def agreement(student_logits: Tensor, dense_logits: Tensor) -> Agreement:
         same = (student[rows].argmax(-1) == dense[rows].argmax(-1)).sum()
         total += Agreement(float(divergence), int(same), len(ours))
     return total
+
+
+@dataclass(slots=True)
+class Agreements:
+    """Agreement with the dense model, window by window, gathered while a text is scored."""
+
+    windows: list[Agreement] = field(default_factory=list)
+
+    def between(
+        self, student: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """The student's forward, which compares every batch with the dense model's on the way.
+
+        No logits outlive their batch. Both take tokens int [batch, seq_len].
+        """
+
+        def forward(tokens: Tensor) -> Tensor:
+            logits, reference = student(tokens), dense(tokens)
+            self.windows += [agreement(ours, theirs) for ours, theirs in zip(logits, reference, strict=True)]
+            return logits
+
+        return forward
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means over tokens, with standard errors over windows; None for one window."""
+        found: dict[str, Any] = {"tokens": sum(window.tokens for window in self.windows)}
+        for name, values in (("kl", [w.kl for w in self.windows]), ("top1", [w.top1 for w in self.windows])):
+            found[name] = fmean(values)  # windows are of one length
+            found[f"{name}_stderr"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return found
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

@@ -76,6 +76,7 @@ class ModelView:
         self.trust_remote_code = trust_remote_code
         self.blocks = _find_blocks(module)
         self.notes = [weights.note] if weights.note else []
+        self.quantized = weights.quantized is not None
         self._weights = weights
         self._origins = origins
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
@@ -121,6 +122,16 @@ class ModelView:
         computed = default if compute_dtype == "auto" else dtype_of(compute_dtype)
         return cls(directory, module, weights, origins, stored, computed, where, trust_remote_code)
 
+    def copy(self) -> ModelView:
+        """The same model, opened once more; no block of it is loaded."""
+        return ModelView.open(
+            self.path,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
     # what there is
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
@@ -151,14 +162,16 @@ class ModelView:
     # weights in and out
 
     def dense_block(self, index: int) -> BlockState:
-        """A block's tensors as the model's files have them, on the host."""
+        """A block's tensors as the model's files have them, on the host; integers as integers."""
         linears = {f"{name}.weight": name for name in self.linears(index)}
         state = BlockState({}, {})
         for name in self._shapes:
             if not name.startswith(f"{self.blocks[index]}."):
                 continue
             if name in linears:
-                state.linears[linears[name]] = LinearState(linears[name], self._read(name).float())
+                origin, linear = self._origins.get(name, Origin(name)), linears[name]
+                stored = self._weights.linear(origin.name, linear, self._shapes[name])
+                state.linears[linear] = stored or LinearState(linear, self._read(name).float())
             else:
                 state.params[name] = self._read(name)
         return state

@@ -101,22 +101,29 @@ class Plan:
     notes: Sequence[str] = field(default_factory=list)
 
 
-def make_plan(recipe: Recipe, view: ModelView, data_digest: str) -> Plan:
+def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest: str | None = None) -> Plan:
     """Resolve a recipe against a model.
 
     Args:
         recipe: Validated recipe.
         view: The model, weights not read.
-        data_digest: Digest of the texts the steps read.
+        texts: Digests of `calibration` and `train`; a step depends on the one it reads.
+        digest: Of the model, when its files shall not be read.
     Raises:
         RecipeError: A target or ignore entry matches nothing, or a pattern or group size divides
             no layer.
         CoverageError: The recipe's `coverage` is not reached.
     """
+    if view.quantized and recipe.steps:
+        raise RecipeError(
+            f"{view.path} is quantized, and nothing may write weights after a quantizer; "
+            "write steps: [] to evaluate it or to export it in another format",
+            where=recipe.where("steps"),
+        )
     linears = {name: module for index in range(len(view.blocks)) for name, module in view.linears(index).items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
-    digest = model_digest(view.path)
-    upstream = _digest([digest, str(view.dtype), str(view.compute_dtype), view.device.type, data_digest])
+    digest = model_digest(view.path) if digest is None else digest
+    upstream = _digest([digest, str(view.dtype), str(view.compute_dtype), view.device.type])
     steps: list[PlannedStep] = []
     patterns: dict[str, Pattern] = {}
     for index, step in enumerate(recipe.steps):
@@ -125,12 +132,19 @@ def make_plan(recipe: Recipe, view: ModelView, data_digest: str) -> Plan:
         pattern_key = step.method.accepts(Pattern)
         if pattern_key:
             patterns = {**patterns, **dict.fromkeys(selected, getattr(step.params, pattern_key))}
-        upstream = step_fingerprint(upstream, step, selected, recipe.seed)
+        upstream = step_fingerprint(_digest([upstream, texts.get(reads(step))]), step, selected, recipe.seed)
         steps.append(PlannedStep(index, step, frozenset(selected), patterns, upstream))
     coverage = _coverage(view, steps)
     if coverage.share < recipe.coverage:
         raise CoverageError(_uncovered(coverage, recipe.coverage))
     return Plan(steps, coverage, digest, list(view.notes))
+
+
+def reads(step: Step) -> str:
+    """The text a step reads: `calibration`, `train`, or an empty name for none."""
+    if step.method.scope == "model":
+        return "train"
+    return "calibration" if step.calibrated else ""
 
 
 def step_fingerprint(upstream: str, step: Step, selected: Sequence[str], seed: int) -> str:
@@ -141,6 +155,7 @@ def step_fingerprint(upstream: str, step: Step, selected: Sequence[str], seed: i
             step.method.name,
             step.method.digest,
             step.params.model_dump(mode="json"),
+            step.allocate and [step.allocate.as_dict(), step.allocate.method.digest],
             sorted(selected),
             step.schedule,
             seed,
@@ -170,12 +185,18 @@ def model_digest(directory: Path) -> str:
             continue
         stat = path.stat()
         if stat.st_size <= FULL_DIGEST_BYTES:
-            entries.append([path.name, sha256_file(path)])
+            entries.append([path.name, _file_digest(path, stat.st_size, stat.st_mtime_ns)])
         else:
             with open(path, "rb") as file:
                 header = hashlib.sha256(file.read(2**20)).hexdigest()
             entries.append([path.name, header, stat.st_size, stat.st_mtime_ns])
     return _digest(entries)
+
+
+@lru_cache(maxsize=1024)
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    """Digest of a file that is asked for often: the arms of a comparison share their model."""
+    return sha256_file(path)
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     )
     model: ModelEntry
     data: Texts = Field(default_factory=Texts)
-    steps: Annotated[list[Step], Field(min_length=1)]
+    steps: list[Step] = Field(description="In order; an empty list measures and exports the model as it is.")
     evaluate: Measurements = Field(default_factory=Measurements)
     export: Exports = Field(default_factory=Exports)
 
@@ -106,10 +106,29 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, plugins: Sequence[
         RecipeError: Anything wrong with the file, by file and line.
         PluginError: One of `plugins` cannot be loaded.
     """
+    document = read_overridden(path, overrides)
+    load_plugins(document, plugins)
+    return checked(document)
+
+
+def read_overridden(path: Path, overrides: Sequence[str]) -> Document:
+    """A file's values with those of the command line in place.
+
+    Raises:
+        RecipeError: The file cannot be read, or an override fits nowhere.
+    """
     document = read_document(_content(path), str(path))
     for argument in overrides:
         document.override(argument)
-    _load_plugins(document, plugins)
+    return document
+
+
+def checked(document: Document) -> Recipe:
+    """The recipe of a document whose plugins are loaded.
+
+    Raises:
+        RecipeError: Anything wrong with it, by file and line.
+    """
     try:
         recipe = Recipe.model_validate_json(plain_json(document.values))
     except ValidationError as error:
@@ -126,7 +145,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, plugins: Sequence[
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of recipes, with one branch for each method that is registered now."""
     schema = Recipe.model_json_schema()
-    steps = steps_schema(METHODS)
+    steps = steps_schema(method for method in METHODS if method.kind != "allocate")
     schema["$defs"] |= steps.pop("$defs")
     schema["properties"]["steps"]["items"] = steps
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -157,7 +176,7 @@ def _content(path: Path) -> str:
         raise RecipeError(message, where=f"{path}:{line}") from error
 
 
-def _load_plugins(document: Document, extra: Sequence[Path]) -> None:
+def load_plugins(document: Document, extra: Sequence[Path]) -> None:
     """Load the recipe's plugins and those of the command line, which become part of the recipe."""
     for path in extra:
         METHODS.load_path(path)
@@ -228,7 +247,7 @@ def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
 def _missing_texts(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     for index, step in enumerate(recipe.steps):
         name = f"step {index + 1} ({step.method.name})"
-        if step.method.stats is not None and recipe.data.calibration is None:
+        if step.calibrated and recipe.data.calibration is None:
             example = "calibration: {path: builtin:calibration, samples: 128}"
             yield ("steps", index), f"{name} reads a calibration text and there is no data.calibration; add {example}"
         if (step.method.scope == "model" or step.method.kind == "train") and recipe.data.train is None:
@@ -245,10 +264,38 @@ def _wrong_measurements(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
             yield keys, f"no text {name!r} in data.evaluation; {there}.{nearest(name, names)}"
         elif name in wanted.perplexity[:index]:
             yield keys, f"text {name!r} is listed twice"
+    for index, name in enumerate(wanted.agreement if isinstance(wanted.agreement, list) else []):
+        if name not in wanted.perplexity:
+            hint = nearest(name, wanted.perplexity)
+            yield ("evaluate", "agreement", index), f"text {name!r} is not among those of evaluate.perplexity.{hint}"
+    if wanted.agreement is True and not wanted.perplexity:
+        yield ("evaluate", "agreement"), "agreement is measured on the texts of evaluate.perplexity, and it names none"
+    yield from _wrong_redo(recipe)
     if wanted.gates.max_ppl_increase is not None and not wanted.perplexity:
         yield ("evaluate", "gates"), "max_ppl_increase needs a text to measure; name one in evaluate.perplexity"
     if not wanted.lm_eval.tasks and (wanted.lm_eval.tasks_dir or wanted.lm_eval.limit):
         yield ("evaluate", "lm_eval"), "lm_eval names no tasks, so nothing would be measured; add tasks: [...]"
+
+
+def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    """Layers can be redone by the last step, if it works layer by layer."""
+    gates, last = recipe.evaluate.gates, recipe.steps[-1]
+    keys, name = ("evaluate", "gates", "redo"), f"step {len(recipe.steps)} ({last.method.name})"
+    if gates.redo is None:
+        return
+    if gates.max_ppl_increase is None:
+        yield keys, "redo needs the limit that makes it happen; add max_ppl_increase"
+    if last.method.scope == "model":
+        yield keys, f"{name} trains the whole model, so single layers cannot be redone; put a pruner or quantizer last"
+    if gates.redo.bits is None:
+        return
+    if "bits" not in last.method.parameters.model_fields:
+        yield (*keys, "bits"), f"{name} has no bits; leave them out, and the worst layers stay as they were before it"
+    elif gates.redo.bits <= getattr(last.params, "bits"):  # noqa: B009  # the method's own parameter
+        yield (*keys, "bits"), f"bits {gates.redo.bits} is no higher precision than that of {name}"
+    if "gptq" in recipe.export.formats:
+        message = "a gptq export has one number of bits; leave bits out, and the worst layers stay unquantized"
+        yield (*keys, "bits"), message
 
 
 def _wrong_paths(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

@@ -152,12 +152,13 @@ def markdown(report: Record) -> str:
     notes = [*seen["notes"], *chain.from_iterable(export["notes"] for export in seen["exports"])]
     notes += chain.from_iterable(step["notes"] for step in report["steps"])
     parts = [f"# {plain(report['name'])}", plain(seen["headline"])]
-    parts += [_markdown_table(table) for table in tables if table is not None]
-    parts += [_markdown_list("Remarks", remarks), _markdown_list("Notes", notes)]
+    parts += [markdown_table(table) for table in tables if table is not None]
+    parts += [markdown_list("Remarks", remarks), markdown_list("Notes", notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """A table under its caption."""
     heads = [plain(column.title) for column in table.columns]
     rules = ["---:" if column.number else "---" for column in table.columns]
     rows = [[plain(cell.text) for cell in row] for row in table.rows]
@@ -165,7 +166,8 @@ def _markdown_table(table: Table) -> str:
     return "\n".join([f"## {plain(table.caption)}", "", *lines])
 
 
-def _markdown_list(title: str, lines: Sequence[str]) -> str:
+def markdown_list(title: str, lines: Sequence[str]) -> str:
+    """A list under a title; nothing when it is empty."""
     return "\n".join([f"## {title}", "", *(f"- {plain(line)}" for line in lines)]) if lines else ""
 
 

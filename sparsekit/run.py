@@ -7,36 +7,36 @@ or the training checkpoint where it stopped.
 
 from __future__ import annotations
 
-import gc
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import transformers
 from torch import Tensor
 
-from sparsekit import __version__, evaluate
+from sparsekit import __version__
+from sparsekit.allotment import Allotment
+from sparsekit.basis import basis
 from sparsekit.chain import Chain
-from sparsekit.checkpoint import RunLock, StepStore, read_json, remove_temporaries, write_json, write_text
+from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
 from sparsekit.errors import GateError, RecipeError
-from sparsekit.evaluate import perplexity
 from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
+from sparsekit.peak import peak_since, start_peak
 from sparsekit.plan import Plan, PlannedStep, make_plan
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.report import write_report
+from sparsekit.step import params_pattern
+from sparsekit.scoring import Scoring, Twin
 from sparsekit.training import Training
 from sparsekit.walk import Walk
-
-EVALUATION_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one forward while scoring
 
 
 class Listener(Protocol):
@@ -60,7 +60,20 @@ class Listener(Protocol):
 
 @dataclass(slots=True)
 class Run:
-    """One recipe on its way through one directory."""
+    """One recipe on its way through one directory.
+
+    Attributes:
+        recipe: What to do.
+        listener: Told how far it is.
+        directory: Where the report goes.
+        view: The model; its blocks are empty between steps.
+        plan: The recipe resolved against the model.
+        tokenizer: The model's.
+        shared: Where steps, tokens and scores are kept; the run's own directory, or that of a
+            comparison, whose arms find what another one has done.
+        twin: The dense model beside the compressed one, for their agreement.
+        summaries: What each finished step did.
+    """
 
     recipe: Recipe
     listener: Listener
@@ -68,27 +81,30 @@ class Run:
     view: ModelView
     plan: Plan
     tokenizer: Any
+    shared: Path
+    twin: Twin
     summaries: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, recipe: Recipe, listener: Listener) -> Run:
+    def open(cls, recipe: Recipe, listener: Listener) -> Self:
         """Open the model and work the plan out; nothing is written."""
-        model = recipe.model
-        view = ModelView.open(
-            recipe.resolve(model.path),
-            dtype=model.dtype,
-            compute_dtype=model.compute_dtype,
-            device=model.device,
-            trust_remote_code=model.trust_remote_code,
-            allow_network=recipe.allow_network,
-        )
-        tokenizer = load_tokenizer(view.path, trust_remote_code=model.trust_remote_code)
-        used = [entry for entry in (recipe.data.calibration, recipe.data.train) if entry]
-        digests = [entry_digest(entry, recipe.resolve) for entry in used]
-        plan = make_plan(recipe, view, ",".join(digests))
-        run = cls(recipe, listener, recipe.output_directory(), view, plan, tokenizer)
-        listener.planned(recipe, plan, view)
+        view = open_view(recipe)
+        tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
+        directory = recipe.output_directory()
+        run = cls(recipe, listener, directory, view, plan_for(recipe, view), tokenizer, directory, Twin(view))
+        listener.planned(recipe, run.plan, view)
         return run
+
+    def arm(self, recipe: Recipe) -> Self:
+        """Another recipe for the same model, which shares what this run keeps."""
+        plan = plan_for(recipe, self.view)
+        directory = recipe.output_directory()
+        return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, self.shared, self.twin)
+
+    @property
+    def scoring(self) -> Scoring:
+        """Measures models as the recipe says."""
+        return Scoring(self.recipe, self.view, self.tokenizer, self.windows, self.listener, self.twin)
 
     def windows(self, entry: TextEntry) -> Tensor:
         """Tokens of a text, int32 [windows, seq_len]."""
@@ -96,7 +112,7 @@ class Run:
             entry,
             self.tokenizer,
             resolve=self.recipe.resolve,
-            cache=self.directory / "tokens",
+            cache=self.shared / "tokens",
             allow_network=self.recipe.allow_network,
             vocabulary=self.view.config.get_text_config().vocab_size,
         )
@@ -107,7 +123,7 @@ class Run:
             remove_temporaries(self.directory)
             write_text(self.directory / "recipe.yaml", self.recipe.resolved_yaml())
             chain = Chain(self.view)
-            dense = self._scores(chain, self.directory / "dense", self.plan.model_digest, "dense model")
+            dense = self.scoring.perplexity(chain, self.shared / "dense", self.plan.model_digest, "dense model")
             before = dense
             for planned in self.plan.steps:
                 chain, before = self._step(planned, chain, before)
@@ -118,7 +134,7 @@ class Run:
     def _step(
         self, planned: PlannedStep, chain: Chain, before: dict[str, Any]
     ) -> tuple[Chain, dict[str, Any]]:
-        directory = self.directory / "steps" / planned.directory
+        directory = self.shared / "steps" / planned.directory
         store = StepStore(directory, self.view.dtype)
         record = store.finished(planned.fingerprint)
         cached = record is not None
@@ -128,8 +144,8 @@ class Run:
             store.finish(planned.fingerprint, result)
         else:
             result = record["result"]
-        chain = chain.then(store)
-        after = self._scores(chain, directory, planned.fingerprint, f"{planned.title}: perplexity")
+        chain = chain.then(store, trains=planned.step.method.kind == "train")
+        after = self.scoring.perplexity(chain, directory, planned.fingerprint, f"{planned.title}: perplexity")
         summary = summarise(planned, store, result, len(self.view.blocks), before, after)
         self.summaries.append(summary)
         self.listener.finished(summary, cached=cached)
@@ -142,7 +158,8 @@ class Run:
         if method.scope == "model":
             return self._train(planned, chain, store)
         data = self.recipe.data.calibration
-        tokens = self.windows(data) if method.stats is not None and data is not None else None
+        tokens = self.windows(data) if planned.step.calibrated and data is not None else None
+        allotted = self._allotted(planned, chain, store, tokens)
         with torch.inference_mode():
             Walk(
                 view=self.view,
@@ -155,8 +172,22 @@ class Run:
                 tokens=tokens,
                 schedule=planned.step.schedule,
                 progress=self.listener.progress,
+                reference=chain.reference,
+                allotted=allotted,
             ).run()
-        return {} if tokens is None else {"calibration_tokens": tokens.numel()}
+        used = {} if tokens is None else {"calibration_tokens": tokens.numel()}
+        allocation = {name: pattern.sparsity for name, pattern in allotted.items()}
+        return {**used, "allocation": allocation} if allocation else used
+
+    def _allotted(
+        self, planned: PlannedStep, chain: Chain, store: StepStore, tokens: Tensor | None
+    ) -> dict[str, Pattern]:
+        """The pattern of each layer of a step that writes `allocate`."""
+        step, pattern = planned.step, params_pattern(planned.step.method, planned.step.params)
+        if step.allocate is None or pattern is None:
+            return {}
+        selected = planned.selected
+        return Allotment(self.view, step.allocate, selected, chain.block, tokens, pattern.sparsity).kept(store)
 
     def _train(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
         data = self.recipe.data
@@ -179,43 +210,11 @@ class Run:
 
     def _measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Time and peak memory of some work."""
-        gc.collect()
-        cuda = self.view.device.type == "cuda"
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.view.device)
-        start = time.perf_counter()
+        fresh, start = start_peak(self.view.device), time.perf_counter()
         result = work()
         seconds = time.perf_counter() - start
-        if cuda:
-            peak, of = torch.cuda.max_memory_allocated(self.view.device), "device memory allocated"
-        else:
-            peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident memory of the process"
+        peak, of = peak_since(self.view.device, fresh)
         return {**result, "seconds": seconds, "peak_memory": peak, "peak_memory_of": of}
-
-    def _scores(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, Any]:
-        """Perplexity on every evaluation text; read back when it has been measured before."""
-        names = self.recipe.evaluate.perplexity
-        entries = {name: self.recipe.data.evaluation[name] for name in names}
-        wanted = {name: entry_digest(entry, self.recipe.resolve) for name, entry in entries.items()}
-        path = directory / "perplexity.json"
-        known = read_json(path) if path.exists() else {}
-        if known.get("of") == fingerprint and known.get("texts") == wanted:
-            scores: dict[str, Any] = known["scores"]
-            return scores
-        scores = {}
-        if entries:
-            self.listener.started(title)
-            with chain.forward() as forward:
-                for name, entry in entries.items():
-                    scores[name] = self._score(forward, entry)
-        write_json(path, {"of": fingerprint, "texts": wanted, "scores": scores})
-        return scores
-
-    def _score(self, forward: Callable[[Tensor], Tensor], entry: TextEntry) -> dict[str, Any]:
-        batch = max(1, EVALUATION_TOKENS[self.view.device.type] // entry.seq_len)
-        result = perplexity(forward, self.windows(entry), batch=batch, progress=self.listener.progress)
-        return result.as_dict()
 
     def _report(self, chain: Chain, dense: dict[str, Any], final: dict[str, Any]) -> dict[str, Any]:
         """Export, verify what was written, and write the report."""
@@ -226,6 +225,7 @@ class Run:
         report = {
             "name": self.recipe.name,
             "recipe": self.recipe.resolved_yaml(),
+            "basis": basis(self.recipe, self.plan, self.view),
             "environment": environment(self.view),
             "model": {"path": str(self.view.path), "parameters": coverage.total, "digest": self.plan.model_digest},
             "coverage": {
@@ -274,26 +274,17 @@ class Run:
         return reports, files
 
     def _patterns(self) -> Mapping[str, Pattern]:
-        return self.plan.steps[-1].patterns
+        return self.plan.steps[-1].patterns if self.plan.steps else {}
 
     def _tasks(self, chain: Chain) -> dict[str, Any]:
-        wanted = self.recipe.evaluate.lm_eval
-        if not wanted.tasks:
+        if not self.recipe.evaluate.lm_eval.tasks:
             return {}
-        self.listener.started("tasks")
-        scores = {}
-        for label, arm in (("dense", Chain(self.view)), ("final", chain)):
-            with arm.forward():
-                scores[label] = evaluate.lm_eval_scores(
-                    self.view.module,
-                    self.tokenizer,
-                    wanted.tasks,
-                    tasks_dir=Path(self.recipe.resolve(wanted.tasks_dir)) if wanted.tasks_dir else None,
-                    limit=wanted.limit,
-                    seed=self.recipe.seed,
-                    allow_network=self.recipe.allow_network,
-                )
-        return scores
+        last, steps = self.plan.steps[-1], self.shared / "steps"
+        arms = {
+            "dense": (Chain(self.view), self.shared / "dense", self.plan.model_digest, "dense model: tasks"),
+            "final": (chain, steps / last.directory, last.fingerprint, f"{last.title}: tasks"),
+        }
+        return {name: self.scoring.tasks(*arm) for name, arm in arms.items()}
 
     def _check_gates(self, report: Mapping[str, Any]) -> None:
         missed = [row for row in report["gates"] if not row["passed"]]
@@ -313,6 +304,25 @@ def run_recipe(recipe: Recipe, listener: Listener) -> dict[str, Any]:
         SparsekitError: See `sparsekit.errors`; `exit_code` tells the kind.
     """
     return Run.open(recipe, listener).execute()
+
+
+def open_view(recipe: Recipe) -> ModelView:
+    """The recipe's model."""
+    model = recipe.model
+    return ModelView.open(
+        recipe.resolve(model.path),
+        dtype=model.dtype,
+        compute_dtype=model.compute_dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        allow_network=recipe.allow_network,
+    )
+
+
+def plan_for(recipe: Recipe, view: ModelView) -> Plan:
+    """The plan of a recipe; its texts are read for their digests only."""
+    used = {"calibration": recipe.data.calibration, "train": recipe.data.train}
+    return make_plan(recipe, view, {name: entry_digest(entry, recipe.resolve) for name, entry in used.items() if entry})
 
 
 def gate_row(name: str, allowed: float, dense: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,10 +354,12 @@ def summarise(
     bits = sorted({layer["bits"] for layer in layers if layer["bits"]})
     return {
         "index": planned.index,
+        "fingerprint": planned.fingerprint,
         "method": planned.step.method.name,
         "kind": planned.step.method.kind,
         "params": planned.step.params.model_dump(mode="json"),
         "source": planned.step.method.source,
+        "plugins": planned.step.plugins,
         "pattern": ", ".join(patterns) or None,
         "bits": bits,
         "sparsity": zeros / weights if weights else 0.0,

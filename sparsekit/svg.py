@@ -222,6 +222,7 @@ def heat_map(
     title: str,
     row_label: str = "",
     column_label: str = "",
+    span: tuple[float, float] | None = None,
 ) -> Markup:
     """Cells shaded by value, darker for more, logarithmically when the values span a factor of 20.
 
@@ -232,8 +233,9 @@ def heat_map(
         title: For readers who cannot see it.
         row_label: What the rows are.
         column_label: What the columns are.
+        span: Values of the palest and the darkest shade, for maps that are to be compared.
     """
-    values = [cell.value for cell in cells.values() if math.isfinite(cell.value)]
+    values = list(span) if span else [cell.value for cell in cells.values() if math.isfinite(cell.value)]
     positive = [value for value in values if value > 0]
     log = len(positive) == len(values) > 0 and max(values) > 20 * min(values)
     shade = Scale.fit(values, 0.1, 1.0, log=log, snug=True)

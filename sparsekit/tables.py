@@ -73,6 +73,8 @@ def score(value: Record | None) -> Cell:
     if value is None:
         return Cell("–", "not measured", "quiet")
     level, spread = value["perplexity"], value.get("stderr")
+    if level is None:
+        return Cell("not finite", "JSON has no infinity", "bad")
     title = f"perplexity {level}; loss {value['loss']} ± {spread} nats per token"
     if spread is None or not math.isfinite(spread * level):
         return Cell(perplexity(level), title)

@@ -52,7 +52,7 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Train, verify and commit; returns the method's metrics and the path of its log."""
-        student, teacher = self._copy(), self._copy()
+        student, teacher = self.view.copy(), self.view.copy()
         blocks = list(self.chain.blocks())
         student.load_rest(self.chain.rest())
         student.materialise_all(blocks)
@@ -73,16 +73,6 @@ class Training:
         trained: Trained = self.method.function(job, **self.arguments)
         self._commit(blocks, trained)
         return {"training": trained.metrics, "curve": self._log}
-
-    def _copy(self) -> ModelView:
-        """The same model, empty."""
-        return ModelView.open(
-            self.view.path,
-            dtype=self.view.dtype,
-            compute_dtype=self.view.compute_dtype,
-            device=self.view.device,
-            trust_remote_code=self.view.trust_remote_code,
-        )
 
     def _record(self, record: dict[str, Any]) -> None:
         """Append to the log; a resumed run overwrites what it repeats."""
