@@ -23,22 +23,27 @@ _EXPORTS = {
     "linear_method": "registry",
     "group_method": "registry",
     "model_method": "registry",
+    "allocation_method": "registry",
+    "Measured": "allocate",
     "Method": "registry",
     "METHODS": "registry",
     "Recipe": "recipe",
     "read_recipe": "recipe",
     "run_recipe": "run",
+    "load_quantized": "imports",
     "SparsekitError": "errors",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from sparsekit.allocate import Measured as Measured
     from sparsekit.errors import SparsekitError as SparsekitError
+    from sparsekit.imports import load_quantized as load_quantized
     from sparsekit.pattern import Pattern as Pattern
     from sparsekit.quant import Grid as Grid, QuantizedWeight as QuantizedWeight
     from sparsekit.recipe import Recipe as Recipe, read_recipe as read_recipe
     from sparsekit.registry import (
-        METHODS as METHODS, Method as Method, group_method as group_method,
+        METHODS as METHODS, Method as Method, allocation_method as allocation_method, group_method as group_method,
         linear_method as linear_method, model_method as model_method,
     )
     from sparsekit.run import run_recipe as run_recipe

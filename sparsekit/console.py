@@ -103,6 +103,8 @@ def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
         parts.append(f"{summary['pattern']}: {summary['violations']} of {summary['groups']:,} groups broken")
     for name, score in summary["perplexity"].items():
         parts.append(f"{name} {summary['before'][name]['perplexity']:.2f} -> {score['perplexity']:.2f}")
+        if agreed := score.get("agreement"):
+            parts.append(f"KL {agreed['kl']:.3g}, top-1 {agreed['top1']:.1%} as dense")
     parts.append("done before" if cached else duration(summary["seconds"]))
     if summary["notes"]:
         parts.append(f"{len(summary['notes'])} notes in the report")
@@ -134,7 +136,7 @@ def methods_table(methods: Iterable[Method]) -> Table:
     for title in ("method", "kind", "needs", "what it does"):
         table.add_column(title)
     for method in methods:
-        needs = {"linear": "", "group": "", "model": "training text"}[method.scope]
+        needs = "training text" if method.scope == "model" else ""
         table.add_row(method.name, method.kind, needs or ("calibration text" if method.stats else ""), method.summary)
     return table
 
@@ -147,7 +149,9 @@ def method_page(method: Method) -> Group:
     for name, info in method.parameters.model_fields.items():
         default = "required" if info.is_required() else str(info.default)
         table.add_row(name, type_name(info.annotation), default, info.description or "")
-    head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on one {method.scope} at a time\n")
+    works = {"linear": "one linear at a time", "group": "one group of linears at a time", "model": "the whole model"}
+    scope = works.get(method.scope, "all layers of a step")
+    head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on {scope}\n")
     return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
 
 

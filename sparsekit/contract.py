@@ -7,7 +7,7 @@ does not; the message says what was seen and what to change. `sparsekit.testing`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from sparsekit.specimens import (
     refines,
     specimen,
     tensors_of,
-    trained,
-    training_job,
 )
 from sparsekit.state import Group, LinearState
 from sparsekit.verify import verified
@@ -122,7 +120,7 @@ def pattern(subject: Subject) -> None:
     for name, after in subject.apply(given).items():
         if subject.method.kind == "prune" and after.mask is None:
             raise ContractError("it returned no mask; use layer.masked(mask) or layer.updated(weight, mask)")
-        _verified(subject, given.layers[name], after, subject.pattern)
+        as_the_driver(subject, given.layers[name], after, subject.pattern)
         wanted = subject.pattern.sparsity if subject.pattern else None
         if wanted is not None and float((after.weight == 0).float().mean()) + 1e-6 < wanted:
             share = float((after.weight == 0).float().mean())
@@ -156,13 +154,13 @@ def mask_kept(subject: Subject) -> None:
         quantize = Subject(METHODS.get("rtn"), arguments_of(METHODS.get("rtn"), {"group_size": -1}))
         for after in results.values():
             for rounded in quantize.apply(Given(after, None, given.dead)).values():
-                _verified(quantize, after, rounded, subject.pattern)
+                as_the_driver(quantize, after, rounded, subject.pattern)
         return
     for name, after in results.items():
         before = given.layers[name]
         if after.mask is None or before.mask is None or not torch.equal(after.mask, before.mask):
             raise ContractError("it changed the mask of a pruned layer; keep layer.mask, and zero what it prunes")
-        _verified(subject, before, after, Pattern(2, 4))
+        as_the_driver(subject, before, after, Pattern(2, 4))
 
 
 def dead_inputs(subject: Subject) -> None:
@@ -170,7 +168,7 @@ def dead_inputs(subject: Subject) -> None:
     given = specimen(subject.method, dead=COLUMNS // 8)
     try:
         for name, after in subject.apply(given).items():
-            _verified(subject, given.layers[name], after, subject.pattern)
+            as_the_driver(subject, given.layers[name], after, subject.pattern)
     except ContractError as error:
         hint = "divide by x.norm.clamp(min=1e-8), and expect zero rows in a Gram matrix"
         raise ContractError(f"with 32 of 256 inputs always 0, {error}; {hint}") from error
@@ -192,14 +190,14 @@ def one_row(subject: Subject) -> None:
     """A weight with a single output works."""
     given = specimen(subject.method, rows=1)
     for name, after in subject.apply(given).items():
-        _verified(subject, given.layers[name], after, subject.pattern)
+        as_the_driver(subject, given.layers[name], after, subject.pattern)
 
 
 def one_group(subject: Subject) -> None:
     """A weight with a single group of inputs works."""
     given = specimen(subject.method, columns=subject.width())
     for name, after in subject.apply(given).items():
-        _verified(subject, given.layers[name], after, subject.pattern)
+        as_the_driver(subject, given.layers[name], after, subject.pattern)
 
 
 def resume(subject: Subject) -> None:
@@ -234,47 +232,6 @@ def devices(subject: Subject) -> None:
             raise ContractError(f"CPU and CUDA differ in {float(far):.1%} of the weights")
 
 
-def training(subject: Subject) -> None:
-    """A method of scope model returns every linear with its mask, touches nothing else and repeats itself."""
-    sparse: list[Mapping[str, LinearState]] = []
-    for _ in range(2):
-        with training_job() as job:
-            before = {n: p.clone() for n, p in job.teacher.named_parameters()}
-            tokens = job.tokens.clone()
-            result = trained(subject.method, subject.arguments, job)
-            if any(not torch.equal(p, before[n]) for n, p in job.teacher.named_parameters()):
-                raise ContractError("it changed the teacher, which is the dense original")
-            if not torch.equal(tokens, job.tokens):
-                raise ContractError("it changed the training tokens")
-            if set(result.linears) != set(job.linears):
-                raise ContractError("it did not return the state of every linear it was given in job.linears")
-            for name, after in result.linears.items():
-                _verified(subject, job.linears[name], after, subject.pattern)
-            sparse.append(result.linears)
-    if any(not torch.equal(state.weight, sparse[1][name].weight) for name, state in sparse[0].items()):
-        raise ContractError("two runs with the same seed differ; draw from job.seed only")
-
-
-Property = Callable[[Subject], None]
-PROPERTIES: tuple[Property, ...] = (
-    purity, shapes, dtype, pattern, unstructured, mask_kept, dead_inputs, determinism, one_row, one_group, resume,
-    devices, training,
-)  # fmt: skip
-
-
-def applies(check: Property, method: Method) -> str:
-    """Why a property does not apply to a method; empty when it does."""
-    if (check is training) != (method.scope == "model"):
-        return "it works on the whole model" if method.scope == "model" else "it works on linears"
-    if check is devices and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if check is dead_inputs and method.stats is None:
-        return "it reads no calibration statistic"
-    if check is unstructured and method.accepts(Pattern) is None:
-        return "it takes no pattern"
-    return ""
-
-
 def _inputs(given: Given) -> dict[str, Tensor]:
     found = {f"layer's {key}": tensor for key, tensor in tensors_of(given.state).items()}
     if given.statistic is not None:
@@ -282,7 +239,7 @@ def _inputs(given: Given) -> dict[str, Tensor]:
     return found
 
 
-def _verified(subject: Subject, before: LinearState, after: LinearState, wanted: Pattern | None) -> None:
+def as_the_driver(subject: Subject, before: LinearState, after: LinearState, wanted: Pattern | None) -> None:
     """What the driver checks after every call; AWQ's scale is not undone, so the error is not looked at."""
     plain = replace(before, mask=before.mask if subject.method.kind == "quantize" else None)
     try:

@@ -26,8 +26,8 @@ from pydantic.fields import FieldInfo
 from sparsekit.errors import PluginError, nearest
 from sparsekit.stats import Statistic
 
-Kind = Literal["prune", "train", "quantize"]
-Scope = Literal["linear", "group", "model"]
+Kind = Literal["prune", "train", "quantize", "allocate"]
+Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
@@ -42,8 +42,10 @@ class Method:
     Attributes:
         name: What a recipe writes after `method:`.
         kind: `prune` and `train` write weights and masks; `quantize` writes integers, and nothing
-            may write weights after it.
-        scope: What the function is called with: one linear, a group of linears, or the model.
+            may write weights after it. `allocate` writes nothing: it says how sparse a pruner shall
+            make each layer.
+        scope: What the function is called with: one linear, a group of linears, the model, or all
+            layers of a step one after another.
         stats: The statistic it reads, None when it needs no calibration.
         function: The plain function.
         parameters: pydantic model of its keyword-only parameters; unknown keys are errors.
@@ -61,6 +63,11 @@ class Method:
     origin: str
     digest: str
     dense: bool = False
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it came with sparsekit."""
+        return self.origin.startswith("sparsekit.methods.")
 
     @property
     def summary(self) -> str:
@@ -206,6 +213,15 @@ def model_method(name: str, *, kind: Kind) -> Callable[[F], F]:
     return _decorator(name, kind, "model", None)
 
 
+def allocation_method(name: str, *, stats: type[Statistic] | None = None) -> Callable[[F], F]:
+    """Register `f(layers: Iterable[Measured], sparsity: float, /, *, params) -> {layer: sparsity}`.
+
+    It is called once for a step that writes `allocate: NAME`. The layers come in model order, one
+    block in memory at a time, so the function keeps numbers and not tensors.
+    """
+    return _decorator(name, "allocate", "layers", stats)
+
+
 def _decorator(
     name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, dense: bool = False
 ) -> Callable[[F], F]:
@@ -224,9 +240,10 @@ def _method(
     file = Path(inspect.getfile(function))
     signature = inspect.signature(function)
     given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
-    expected = 2 if stats is not None else 1
+    expected = 2 if stats is not None or scope == "layers" else 1
     if len(given) != expected:
         names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
+        names = "(layers, sparsity, /, ...)" if scope == "layers" else names
         message = f"must take {names}: {expected} positional-only arguments, it has {len(given)}"
         raise PluginError(f"method {name!r} {message}")
     origin = function.__module__ if function.__module__.startswith("sparsekit.") else str(file)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, create_model
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from sparsekit.allocate import Allocate
 from sparsekit.errors import PluginError, nearest
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS, Method
@@ -38,6 +39,7 @@ class Step:
         schedule: "block": all statistics come from the block as it was. "group": each group of
             linears sees what the groups before it have become. Of no meaning for scope model,
             whose methods may have a parameter of that name.
+        allocate: What decides how the sparsity is spread over the layers; None for the same in each.
     """
 
     method: Method
@@ -46,6 +48,20 @@ class Step:
     targets: list[str]
     ignore: list[str]
     schedule: Schedule
+    allocate: Allocate | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads a calibration text."""
+        return self.method.stats is not None or (self.allocate is not None and self.allocate.method.stats is not None)
+
+    @property
+    def plugins(self) -> list[dict[str, str]]:
+        """The code it runs that did not come with sparsekit: method, file and sha256 of the file."""
+        used = [self.method] if self.allocate is None else [self.method, self.allocate.method]
+        return [
+            {"method": each.name, "origin": each.origin, "sha256": each.digest} for each in used if not each.built_in
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """The step as a recipe writes it, every default filled in."""
@@ -55,7 +71,9 @@ class Step:
             del params["pattern"]
             params["sparsity"] = pattern.sparsity  # the text form of a pattern is rounded
         schedule = {"schedule": self.schedule} if has_schedule(self.method) else {}
-        return {"method": self.method.name, **params, "targets": self.targets, "ignore": self.ignore, **schedule}
+        allocate = {} if self.allocate is None else {"allocate": self.allocate.as_dict()}
+        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate}
+        return {"method": self.method.name, **params, **common}
 
     @classmethod
     def parse(cls, raw: Any) -> Step:
@@ -76,7 +94,11 @@ class Step:
         written = frozenset(name for name in method.parameters.model_fields if name in given)
         params = method.parameters.model_construct(set(written), **values)
         schedule: Schedule = read.schedule if has_schedule(method) else "block"
-        return cls(method, params, written, read.targets, read.ignore, schedule)
+        allocate: Allocate | None = read.allocate if takes_allocation(method) else None
+        if allocate is not None and values["pattern"].structured:
+            message = f'pattern "{values["pattern"]}" is the same in every layer; allocate needs sparsity: 0.5 instead'
+            raise _error(("allocate",), message, raw["allocate"])
+        return cls(method, params, written, read.targets, read.ignore, schedule, allocate)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -96,12 +118,17 @@ def plain_json(values: Any) -> str:
 
 def has_schedule(method: Method) -> bool:
     """Whether the walk over blocks applies it, and so has statistics to gather in one order or another."""
-    return method.scope != "model"
+    return method.scope in ("linear", "group")
 
 
 def takes_sparsity(method: Method) -> bool:
     """Whether a step may write `sparsity: 0.5` for its `pattern`."""
     return method.accepts(Pattern) == "pattern" and "sparsity" not in method.parameters.model_fields
+
+
+def takes_allocation(method: Method) -> bool:
+    """Whether a step may write `allocate: owl`: the sparsity of each layer is then its own."""
+    return takes_sparsity(method) and method.scope == "linear" and method.kind == "prune"
 
 
 def params_pattern(method: Method, params: BaseModel) -> Pattern | None:
@@ -128,6 +155,8 @@ def step_model(method: Method) -> type[BaseModel]:
     if has_schedule(method):
         description = "Gather statistics once a block, or anew for each group of linears."
         fields["schedule"] = (Schedule, Field("block", description=description))
+    if takes_allocation(method):
+        fields["allocate"] = (Allocate | None, Field(None, description="A method that spreads the sparsity unevenly."))
     if taken := set(fields) & set(method.parameters.model_fields):
         message = f"parameter {sorted(taken)[0]!r} has the name of a key that every step has"
         raise PluginError(f"method {method.name!r} of {method.origin}: {message}")
@@ -155,6 +184,8 @@ def known_keys(raw: Mapping[str, Any], below: Keys) -> list[str]:
     """Keys a step may have, or a mapping among its parameters."""
     model = step_model(METHODS.get(raw["method"]))
     for key in below:
+        if key == "allocate" and isinstance(raw.get("allocate"), dict):
+            return ["method", *METHODS.get(raw["allocate"]["method"]).parameters.model_fields]
         if isinstance(key, str) and key in model.model_fields:
             annotation = model.model_fields[key].annotation
             candidates = (annotation, *get_args(annotation))
@@ -175,7 +206,11 @@ def _method(raw: Any) -> Method:
         raise _error(("method",), f"method is {shown(name)}, expected one of {', '.join(names)}", name)
     if name not in names:
         raise _error(("method",), f"no method {name!r}; there are {', '.join(names)}.{nearest(name, names)}", name)
-    return METHODS.get(name)
+    method = METHODS.get(name)
+    if method.kind == "allocate":
+        example = f"{{method: wanda, sparsity: 0.5, allocate: {name}}}"
+        raise _error(("method",), f"{name} prunes nothing itself; name it in a pruning step: {example}", name)
+    return method
 
 
 def _sparsity(value: float) -> float:

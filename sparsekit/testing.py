@@ -11,15 +11,15 @@ called alone; it raises a `ContractError` whose message says what was seen and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sparsekit.contract import (
-    PROPERTIES,
     Subject,
-    applies,
     dead_inputs,
     determinism,
     devices,
@@ -31,20 +31,45 @@ from sparsekit.contract import (
     purity,
     resume,
     shapes,
-    training,
     unstructured,
 )
 from sparsekit.errors import ContractError, SparsekitError
-from sparsekit.registry import METHODS
+from sparsekit.pattern import Pattern
+from sparsekit.registry import METHODS, Method
 from sparsekit.specimens import arguments_of, specimen
+from sparsekit.wholes import allocation, training
 
 Status = Literal["ok", "failed", "does not apply"]
 
 __all__ = [
     "Outcome", "Subject", "check_method", "outcomes", "specimen",
     "purity", "shapes", "dtype", "pattern", "unstructured", "mask_kept", "dead_inputs", "determinism", "one_row",
-    "one_group", "resume", "devices", "training",
+    "one_group", "resume", "devices", "training", "allocation",
 ]  # fmt: skip
+
+
+Property = Callable[[Subject], None]
+PROPERTIES: tuple[Property, ...] = (
+    purity, shapes, dtype, pattern, unstructured, mask_kept, dead_inputs, determinism, one_row, one_group, resume,
+    devices, training, allocation,
+)  # fmt: skip
+
+
+OF_A_SCOPE: Mapping[Property, str] = {training: "model", allocation: "layers"}
+
+
+def applies(check: Property, method: Method) -> str:
+    """Why a property does not apply to a method; empty when it does."""
+    works = {"model": "it works on the whole model", "layers": "it prunes nothing itself"}
+    if OF_A_SCOPE.get(check, "linear") != ("linear" if method.scope == "group" else method.scope):
+        return works.get(method.scope, "it works on linears")
+    if check is devices and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if check is dead_inputs and method.stats is None:
+        return "it reads no calibration statistic"
+    if check is unstructured and method.accepts(Pattern) is None:
+        return "it takes no pattern"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Walk:
             its predecessors already compressed (GPTQ's true-sequential order).
         progress: Called with (blocks done, blocks in all).
         reference: A block before anything pruned it, for a method that asks for dense values.
+        allotted: The pattern a layer gets in place of the argument, by an allocation method.
     """
 
     view: ModelView
@@ -60,6 +61,7 @@ class Walk:
     schedule: str
     progress: Callable[[int, int], None]
     reference: Callable[[int], BlockState] | None = None
+    allotted: Mapping[str, Pattern] = field(default_factory=dict)
     _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self) -> None:
@@ -154,13 +156,16 @@ class Walk:
         return BlockState(linears, block.params)
 
     def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
+        arguments = self.arguments
+        if isinstance(given, LinearState) and given.name in self.allotted:
+            arguments = {**arguments, "pattern": self.allotted[given.name]}
         if statistic is None:
-            return self.method.function(given, **self.arguments)
+            return self.method.function(given, **arguments)
         if statistic.tokens == 0:  # an expert the router never chose
             width = next(iter(given.linears.values())) if isinstance(given, Group) else given
             statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
             given = _noted(given, UNREACHED)
-        return self.method.function(given, statistic, **self.arguments)
+        return self.method.function(given, statistic, **arguments)
 
     def _group(
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
