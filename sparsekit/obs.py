@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import MethodError, NumericsError
+from sparsekit.kernels import Kernels
+from sparsekit.kernels.oneshot import WIDEST, Settle, settle_kernel
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid
 from sparsekit.solve import propagate, solve_block, spans
@@ -109,6 +111,7 @@ def sweep(
     mask: Tensor | None = None,
     rounding: Rounding | None = None,
     block: int = BLOCK,
+    kernels: Kernels = "auto",
 ) -> Swept:
     """Prune, quantize or both, column by column, repairing with the columns to come.
 
@@ -122,14 +125,18 @@ def sweep(
         mask: A frozen mask instead of a pattern, bool [out, in].
         rounding: Put kept weights on grids.
         block: Columns of a block; adapted to whole groups.
+        kernels: Whether a Triton kernel settles the columns of a block.
 
     Raises:
-        MethodError: The groups of the pattern or the rounding do not fit.
+        MethodError: The groups of the pattern or the rounding do not fit, or Triton is insisted on
+            and cannot run.
     """
     _check(weight.shape[1], pattern, mask, rounding)
     nm = pattern if pattern and pattern.structured else None
     live = rounding if rounding and not rounding.static else None  # grids are fitted on the way
     work = _begin(weight, factor, order, pattern, mask, rounding)
+    if settle := settle_kernel(kernels, work.weight, nm):
+        work.settle, work.factor = settle, work.factor.t().contiguous().t()  # the kernel reads it by columns
     step = nm.m if nm else 1
     for start, stop in spans(0, work.columns, block, live.group_size if live else step, step):
         if pattern and not nm:
@@ -159,6 +166,7 @@ class _Work:
     Attributes:
         weight: q in settled columns, w in the others, brought up to date block by block.
         grid: Scale and zero-point of every entry, [in, out].
+        settle: The kernel, where it runs.
     """
 
     weight: Tensor
@@ -167,6 +175,7 @@ class _Work:
     keep: Tensor | None
     codes: Tensor | None
     grid: Grid | None
+    settle: Settle | None = None
 
     @property
     def columns(self) -> int:
@@ -190,6 +199,9 @@ class _Work:
 
     def solve(self, first: int, last: int, pattern: Pattern | None) -> None:
         """Settle columns that are up to date and whose grids are known."""
+        if self.settle is not None:
+            self._solve_fused(self.settle, first, last, pattern)
+            return
         here = slice(first, last)
         solved = solve_block(
             self.weight[here],
@@ -203,6 +215,22 @@ class _Work:
             self.keep[here] = solved.keep
         if self.codes is not None and solved.codes is not None:
             self.codes[here] = solved.codes
+
+    def _solve_fused(self, settle: Settle, first: int, last: int, pattern: Pattern | None) -> None:
+        """`solve` in place, as many columns a launch as the kernel takes."""
+        step = pattern.m if pattern else 1
+        for start, stop in spans(first, last, WIDEST, step, step):
+            here = slice(start, stop)
+            settle(
+                self.weight[here],
+                self.error[here],
+                self.factor[here, here],
+                keep=None if self.keep is None else self.keep[here],
+                codes=None if self.codes is None else self.codes[here],
+                pattern=pattern,
+                grid=None if self.grid is None else Grid(self.grid.scale[here], self.grid.zero[here], self.grid.bits),
+            )
+            propagate(self.weight, self.factor, self.error, start, stop, last)
 
     def finish(self, order: Tensor | None, rounding: Rounding | None) -> Swept:
         """Put the columns back into natural order."""

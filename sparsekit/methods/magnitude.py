@@ -18,4 +18,4 @@ def magnitude(layer: LinearState, /, *, pattern: Pattern = Pattern(2, 4), per: S
     Deviations: exactly floor(sparsity · count) entries are zeroed. The threshold form of the
     references zeroes one more, and every tie, which in bfloat16 is many.
     """
-    return layer.masked(pattern.keep(layer.source.abs(), per=per))
+    return layer.masked(pattern.keep_weights(layer.source, per=per))

@@ -21,4 +21,4 @@ def wanda(layer: LinearState, x: InputNorm, /, *, pattern: Pattern = Pattern(2, 
     Deviations: the norm sums over tokens, where the reference averages over sequences and so
     weights short sequences up; ties keep the lowest index.
     """
-    return layer.masked(pattern.keep(layer.source.abs() * x.norm))
+    return layer.masked(pattern.keep_weights(layer.source, x.norm))
