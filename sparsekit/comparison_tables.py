@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsekit.numerals import JOINED, MANIFOLD, change, duration, percent, significant
-from sparsekit.tables import Cell, Column, Table, Tone, metrics, numbers, score, size
+from sparsekit.tables import Cell, Column, Table, Tone, agreement, metrics, numbers, score, size
 
 Record = Mapping[str, Any]
 NONE = Cell("–", "not measured", "quiet")
@@ -21,14 +21,13 @@ def quality_table(comparison: Record, text: str) -> Table:
     rows = [[Cell("dense", tone="strong"), score(comparison["dense"]["perplexity"][text]), *_dense_cells()]]
     for arm in comparison["arms"]:
         found = arm["perplexity"][text]
-        agreement = found.get("agreement")
         rows.append(
             [
                 Cell(arm["name"], tone="strong" if arm["name"] == best else ""),
                 score(found),
                 interval(arm["against_dense"][text]),
                 Cell("best", tone="good") if arm["name"] == best else interval(arm["against_best"][text]),
-                *_agreement(agreement),
+                *agreement(found.get("agreement")),
             ]
         )
     return Table(f"Quality on {text}", columns, rows)
@@ -54,17 +53,6 @@ def _bare(value: float) -> str:
     """An end of an interval, without the unit its middle has."""
     text = change(value)
     return text.removeprefix(f"×{JOINED}") if value >= MANIFOLD else text.removesuffix(f"{JOINED}%")
-
-
-def _agreement(found: Record | None) -> list[Cell]:
-    if found is None:
-        return [NONE, NONE]
-    kl, top1 = found["kl"], found["top1"]
-    spread, share = found.get("kl_stderr"), found.get("top1_stderr")
-    return [
-        Cell(significant(kl), f"{kl} ± {spread} nats per token over {found['tokens']:,} tokens"),
-        Cell(percent(top1), f"{top1} ± {share}"),
-    ]
 
 
 def cost_table(comparison: Record) -> Table:

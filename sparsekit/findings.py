@@ -111,7 +111,7 @@ def memory_notes(steps: Sequence[Record]) -> list[str]:
     """Of what the peak memory is, and what the times leave out."""
     kinds = sorted({step["peak_memory_of"] for step in steps if step.get("peak_memory_of")})
     notes = [f"Peak memory: {', '.join(kinds)}."] if kinds else []
-    if any("resident" in kind for kind in kinds):
+    if any("since it began" in kind for kind in kinds):
         notes.append(
             "Resident memory is the highest since the process began, so a step can show that of an earlier one."
         )

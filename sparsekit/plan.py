@@ -38,6 +38,7 @@ class PlannedStep:
         selected: Full names of the linears it is meant for.
         patterns: The pattern each linear must hold once the step is done.
         fingerprint: Digest of all that decides the result, including every step before.
+        overrides: Arguments of single layers in place of the step's, when the worst are redone.
     """
 
     index: int
@@ -45,6 +46,7 @@ class PlannedStep:
     selected: frozenset[str]
     patterns: Mapping[str, Pattern]
     fingerprint: str
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -137,7 +139,16 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     coverage = _coverage(view, steps)
     if coverage.share < recipe.coverage:
         raise CoverageError(_uncovered(coverage, recipe.coverage))
-    return Plan(steps, coverage, digest, list(view.notes))
+    return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps)])
+
+
+def _foreign_code(steps: Sequence[PlannedStep]) -> list[str]:
+    """A note for each method that is a plugin's: its file and the digest of it."""
+    return [
+        f"step {planned.index + 1} runs plugin {plugin['method']}: {plugin['origin']}, sha256 {plugin['sha256']}"
+        for planned in steps
+        for plugin in planned.step.plugins
+    ]
 
 
 def reads(step: Step) -> str:

@@ -95,6 +95,7 @@ def view(report: Record) -> dict[str, Any]:
         "steps_table": step_table(report),
         "memory_notes": memory_notes(report["steps"]),
         "perplexity_table": perplexity_table(report) if report["dense"] else None,
+        "agreement": any((final or {}).get("agreement") for final in report["final"].values()),
         "protocols": protocols(report),
         "no_gains": list(no_gains(report)),
         "bytes_table": bytes_table(exports) if exports else None,

@@ -24,6 +24,7 @@ from sparsekit.basis import basis
 from sparsekit.chain import Chain
 from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
+from sparsekit.entries import Redo
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
@@ -32,9 +33,10 @@ from sparsekit.pattern import Pattern
 from sparsekit.peak import peak_since, start_peak
 from sparsekit.plan import Plan, PlannedStep, make_plan
 from sparsekit.recipe import Recipe, TextEntry
+from sparsekit.redo import redone, rounds, told, worst_layers
 from sparsekit.report import write_report
-from sparsekit.step import params_pattern
 from sparsekit.scoring import Scoring, Twin
+from sparsekit.step import params_pattern
 from sparsekit.training import Training
 from sparsekit.walk import Walk
 
@@ -84,6 +86,7 @@ class Run:
     shared: Path
     twin: Twin
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    _repeated: PlannedStep | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, listener: Listener) -> Self:
@@ -100,6 +103,11 @@ class Run:
         plan = plan_for(recipe, self.view)
         directory = recipe.output_directory()
         return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, self.shared, self.twin)
+
+    @property
+    def last(self) -> PlannedStep | None:
+        """The step that decides the result: the recipe's last one, or its repetition; None without steps."""
+        return self._repeated or (self.plan.steps[-1] if self.plan.steps else None)
 
     @property
     def scoring(self) -> Scoring:
@@ -124,10 +132,13 @@ class Run:
             write_text(self.directory / "recipe.yaml", self.recipe.resolved_yaml())
             chain = Chain(self.view)
             dense = self.scoring.perplexity(chain, self.shared / "dense", self.plan.model_digest, "dense model")
-            before = dense
+            after = dense
             for planned in self.plan.steps:
-                chain, before = self._step(planned, chain, before)
-            report = self._report(chain, dense, before)
+                start, before = chain, after
+                chain, after = self._step(planned, start, before)
+            if self.recipe.evaluate.gates.redo is not None:
+                chain, after = self._redo_worst(self.recipe.evaluate.gates.redo, start, before, chain, after, dense)
+            report = self._report(chain, dense, after)
         self._check_gates(report)
         return report
 
@@ -150,6 +161,34 @@ class Run:
         self.summaries.append(summary)
         self.listener.finished(summary, cached=cached)
         return chain, after
+
+    def _redo_worst(
+        self,
+        redo: Redo,
+        start: Chain,
+        before: dict[str, Any],
+        chain: Chain,
+        after: dict[str, Any],
+        dense: dict[str, Any],
+    ) -> tuple[Chain, dict[str, Any]]:
+        """Repeat the last step, which began at `start`, with its worst layers more precise while a gate is missed."""
+        patterns = self.plan.steps[-2].patterns if len(self.plan.steps) > 1 else {}
+        layers = self.summaries[-1]["layers"]
+        worst, errors = worst_layers(layers), {layer["name"]: layer["error"] for layer in layers}
+        for count in rounds(len(worst), redo.most):
+            if all(row["passed"] for row in self._gates(dense, after)):
+                break
+            names = worst[:count]
+            self._repeated = redone(self.plan.steps[-1], redo, names, patterns)
+            chain, after = self._step(self._repeated, start, before)
+            summary = self.summaries[-1]
+            summary["redone"] = {"bits": redo.bits, "layers": names}
+            summary["notes"] = [told(redo, names, errors), *summary["notes"]]
+        return chain, after
+
+    def _gates(self, dense: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, Any]]:
+        gate = self.recipe.evaluate.gates.max_ppl_increase
+        return [] if gate is None else [gate_row(name, gate, dense, final) for name in dense]
 
     def _apply(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
         """Do a step's work; returns what it wants remembered."""
@@ -174,6 +213,7 @@ class Run:
                 progress=self.listener.progress,
                 reference=chain.reference,
                 allotted=allotted,
+                overrides=planned.overrides,
             ).run()
         used = {} if tokens is None else {"calibration_tokens": tokens.numel()}
         allocation = {name: pattern.sparsity for name, pattern in allotted.items()}
@@ -243,8 +283,7 @@ class Run:
             "tasks": tasks,
             "exports": exports,
         }
-        gate = self.recipe.evaluate.gates.max_ppl_increase
-        report["gates"] = [] if gate is None else [gate_row(name, gate, dense, final) for name in dense]
+        report["gates"] = self._gates(dense, final)
         files |= write_report(report, self.directory)
         self.listener.closed(report, files)
         return report
@@ -274,16 +313,15 @@ class Run:
         return reports, files
 
     def _patterns(self) -> Mapping[str, Pattern]:
-        return self.plan.steps[-1].patterns if self.plan.steps else {}
+        return self.last.patterns if self.last else {}
 
     def _tasks(self, chain: Chain) -> dict[str, Any]:
         if not self.recipe.evaluate.lm_eval.tasks:
             return {}
-        last, steps = self.plan.steps[-1], self.shared / "steps"
-        arms = {
-            "dense": (Chain(self.view), self.shared / "dense", self.plan.model_digest, "dense model: tasks"),
-            "final": (chain, steps / last.directory, last.fingerprint, f"{last.title}: tasks"),
-        }
+        last, steps = self.last, self.shared / "steps"
+        arms = {"dense": (Chain(self.view), self.shared / "dense", self.plan.model_digest, "dense model: tasks")}
+        if last is not None:
+            arms["final"] = (chain, steps / last.directory, last.fingerprint, f"{last.title}: tasks")
         return {name: self.scoring.tasks(*arm) for name, arm in arms.items()}
 
     def _check_gates(self, report: Mapping[str, Any]) -> None:

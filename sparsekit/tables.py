@@ -118,6 +118,8 @@ def size(count: float, of: str = "") -> Cell:
 def perplexity_table(report: Record) -> Table:
     """Dense against final on every text."""
     columns = [Column("text"), *numbers("dense", "final", "change", "windows", "tokens scored")]
+    compared = any((final or {}).get("agreement") for final in report["final"].values())
+    columns += numbers("KL to dense", "top-1 as dense") if compared else []
     rows = []
     for name, dense in report["dense"].items():
         final = report["final"].get(name)
@@ -130,9 +132,21 @@ def perplexity_table(report: Record) -> Table:
                 Cell(_with_error(rise, spread), "" if rise is None else f"{rise:+.6f}", "strong"),
                 Cell(f"{dense['windows']:,} × {dense['seq_len']:,}"),
                 Cell(f"{dense['tokens']:,}"),
+                *(agreement((final or {}).get("agreement")) if compared else []),
             ]
         )
     return Table("Perplexity, dense model and result", columns, rows)
+
+
+def agreement(found: Record | None) -> list[Cell]:
+    """KL to the dense model and the share of tokens both put first."""
+    if found is None:
+        return [Cell("–", "not measured", "quiet")] * 2
+    spread, share = found.get("kl_stderr"), found.get("top1_stderr")
+    return [
+        Cell(significant(found["kl"]), f"{found['kl']} ± {spread} nats per token over {found['tokens']:,} tokens"),
+        Cell(percent(found["top1"]), f"{found['top1']} ± {share}"),
+    ]
 
 
 def _with_error(rise: float | None, spread: float | None) -> str:

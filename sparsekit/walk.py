@@ -48,6 +48,7 @@ class Walk:
         progress: Called with (blocks done, blocks in all).
         reference: A block before anything pruned it, for a method that asks for dense values.
         allotted: The pattern a layer gets in place of the argument, by an allocation method.
+        overrides: Arguments of single layers in place of the step's; one member decides for its group.
     """
 
     view: ModelView
@@ -62,6 +63,7 @@ class Walk:
     progress: Callable[[int, int], None]
     reference: Callable[[int], BlockState] | None = None
     allotted: Mapping[str, Pattern] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self) -> None:
@@ -159,6 +161,8 @@ class Walk:
         arguments = self.arguments
         if isinstance(given, LinearState) and given.name in self.allotted:
             arguments = {**arguments, "pattern": self.allotted[given.name]}
+        for name in [given.name] if isinstance(given, LinearState) else given.linears:
+            arguments = {**arguments, **self.overrides.get(name, {})}
         if statistic is None:
             return self.method.function(given, **arguments)
         if statistic.tokens == 0:  # an expert the router never chose

@@ -240,3 +240,14 @@ def test_numbers_as_they_are_written(written, expected):
 
 def test_terminal_and_report_write_times_alike():
     assert console_duration is duration
+
+
+def test_agreement_is_shown_when_it_was_measured():
+    report = make_report()
+    assert "KL to dense" not in html(report)
+    report["final"]["valid"]["agreement"] = {"kl": 0.1234, "kl_stderr": 0.01, "top1": 0.812, "top1_stderr": 0.003, "tokens": 99}
+    page, text = html(report), markdown(report)
+    assert "KL to dense" in page
+    assert ">0.123<" in page
+    assert "81.2\u00a0%" in page
+    assert "0.123" in text

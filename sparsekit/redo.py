@@ -1,0 +1,64 @@
+"""Doing the worst layers of the last step again, more precisely, until the gate holds.
+
+The whole step runs again, because what it leaves of one layer decides the inputs of the next. The
+layers with the largest error are quantized with more bits, or left as the step before had them; 1, 2,
+4, ... of them until the perplexity is within its limit or no more may be redone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sparsekit.entries import Redo
+from sparsekit.pattern import Pattern
+from sparsekit.plan import PlannedStep
+
+Record = Mapping[str, Any]
+
+
+def worst_layers(layers: Sequence[Record]) -> list[str]:
+    """Names of a step's layers, those with the largest relative error first."""
+    return [layer["name"] for layer in sorted(layers, key=lambda layer: -layer["error"])]
+
+
+def rounds(layers: int, most: int) -> Iterator[int]:
+    """How many layers each attempt redoes: 1, 2, 4, ... and at last `most`, never all there are.
+
+    >>> list(rounds(100, 6))
+    [1, 2, 4, 6]
+    """
+    most, count = min(most, layers - 1), 1
+    while count < most:
+        yield count
+        count *= 2
+    if most > 0:
+        yield most
+
+
+def redone(planned: PlannedStep, redo: Redo, names: Sequence[str], before: Mapping[str, Pattern]) -> PlannedStep:
+    """The step with some layers done more precisely.
+
+    Args:
+        planned: The step as the recipe has it.
+        redo: How.
+        names: The layers.
+        before: The pattern of each layer before the step.
+    """
+    about = json.dumps([planned.fingerprint, "redo", redo.bits, sorted(names)])
+    fingerprint = hashlib.sha256(about.encode()).hexdigest()
+    if redo.bits is not None:
+        return replace(planned, fingerprint=fingerprint, overrides={name: {"bits": redo.bits} for name in names})
+    kept = {name: pattern for name, pattern in planned.patterns.items() if name not in names}
+    patterns = {**kept, **{name: before[name] for name in names if name in before}}
+    return replace(planned, fingerprint=fingerprint, selected=planned.selected - set(names), patterns=patterns)
+
+
+def told(redo: Redo, names: Sequence[str], error: Mapping[str, float]) -> str:
+    """What was done again, in one sentence."""
+    how = f"quantized with {redo.bits} bits" if redo.bits else "left as they were before this step"
+    listed = ", ".join(f"{name} (error {error[name]:.3g})" for name in names)
+    return f"the gate was missed, so the step was repeated with its {len(names)} worst layers {how}: {listed}"
