@@ -126,7 +126,8 @@ class Registry:
             self.load_entry_points()
         if name not in self._methods:
             names = sorted({*BUILT_IN, *self._methods})
-            raise PluginError(f"no method {name!r}; there are {', '.join(names)}.{nearest(name, names)}")
+            off = f" {NO_PLUGINS}=1 keeps installed plugins away." if os.environ.get(NO_PLUGINS) == "1" else ""
+            raise PluginError(f"no method {name!r}; there are {', '.join(names)}.{off}{nearest(name, names)}")
         return self._methods[name]
 
     def names(self) -> list[str]:

@@ -1,0 +1,79 @@
+"""Compare the plugins with SparseGPT on models/base and collect their figures.
+
+    python docs/benchmarks/plugins.py --out docs/benchmarks/plugins_h100.json --runs /tmp/runs
+    python docs/benchmarks/plugins.py --out docs/benchmarks/plugins_cpu.json --windows 32 --only 2to4
+
+Every comparison of recipes/plugins runs under --runs; a stopped one continues. The result keeps, for
+every arm, perplexity with its standard error, sparsity, broken groups, mean output error, time and
+notes, and what all arms had in common. `--windows N` reduces calibration and evaluation to N windows
+each. `--table` prints the Markdown table of a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+COMPARISONS = {"2to4": "pruners_2to4", "70": "pruners_70"}
+STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds", "params")
+
+
+def compared(name: str, runs: Path, windows: int | None) -> dict[str, Any]:
+    """Run one comparison and keep what a reader needs."""
+    out = runs / COMPARISONS[name]
+    command = [sys.executable, "-m", "sparsekit", "compare", str(ROOT / f"recipes/plugins/{COMPARISONS[name]}.yaml")]
+    command += ["--out", str(out)]
+    if windows is not None:
+        command += ["--set", f"data.calibration.samples={windows}", "--set", f"data.evaluation.valid.samples={windows}"]
+    subprocess.run(command, check=True)
+    arms = []
+    for path in sorted(out.glob("**/report.json")):
+        report = json.loads(path.read_text())
+        steps = [{key: step[key] for key in STEP_KEPT if key in step} for step in report["steps"]]
+        arms.append({"arm": report["name"], "dense": report["dense"], "final": report["final"], "steps": steps})
+        about = {"environment": report["environment"], "model": report["model"]}
+    return {"comparison": name, "windows": windows or "all", **about, "arms": arms}
+
+
+def table(result: dict[str, Any]) -> str:
+    """One row for each arm, the best perplexity first, and how far from SparseGPT it is."""
+    arms = sorted(result["arms"], key=lambda arm: arm["final"]["valid"]["perplexity"])
+    base = next(arm for arm in arms if arm["arm"].endswith("sparsegpt"))["final"]["valid"]["perplexity"]
+    lines = ["| arm | valid | against SparseGPT | sparsity | broken groups | seconds |", "|---|---|---|---|---|---|"]
+    lines.append(f"| dense | {arms[0]['dense']['valid']['perplexity']:.2f} | | 0 | | |")
+    for arm in arms:
+        score, last = arm["final"]["valid"]["perplexity"], arm["steps"][-1]
+        seconds = sum(step["seconds"] for step in arm["steps"])
+        broken = f"{last['violations']} of {last['groups']:,}" if last["groups"] else ""
+        against = f"{score / base - 1:+.1%}"
+        lines.append(f"| {arm['arm']} | {score:.2f} | {against} | {last['sparsity']:.3f} | {broken} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON; comparisons of the same name are replaced")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--windows", type=int)
+    parser.add_argument("--only", choices=COMPARISONS, action="append")
+    parser.add_argument("--table", action="store_true", help="Only print the tables of --out.")
+    given = parser.parse_args()
+    results: list[dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else []
+    if not given.table:
+        for name in given.only or COMPARISONS:
+            result = compared(name, given.runs, given.windows)
+            results = [*(old for old in results if old["comparison"] != name), result]
+            given.out.write_text(json.dumps(results, indent=1))
+    for result in results:
+        print(f"{result['comparison']}, {result['windows']} windows, {result['environment']['device']}\n")
+        print(table(result), "\n")
+
+
+if __name__ == "__main__":
+    main()
