@@ -49,7 +49,8 @@ def _best(scores, N: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def _masks(
     weight, norm, keep, invalid, numel, columns,
-    ABSOLUTE: tl.constexpr, NORM: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    ABSOLUTE: tl.constexpr, NORM: tl.constexpr, ALIGNED: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * CHUNK
     at = first + tl.arange(0, CHUNK)

@@ -1,0 +1,298 @@
+"""Measure one-shot compression on one CUDA device, beside the papers' column recursion.
+
+    python docs/benchmarks/oneshot.py --parts check,solve,gram,mask,base --out oneshot.json
+
+Run from the repository's root; it needs torch for CUDA with Triton, transformers and pydantic. Parts:
+
+check  the gpu tests of the kernels
+solve  factor and sweep of every distinct input of a Llama-2-7B-shaped block, given its Gram matrices
+gram   accumulating a Gram matrix of 11008 inputs, time and error against float64
+mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
+base   where the time of a step on --model goes
+
+Both sides run in one process on the same random weights and inputs, after a warm-up; figures are
+medians of CUDA-event times, with the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor
+
+from sparsekit.kernels.masks import nm_mask
+from sparsekit.obs import Rounding, sweep
+from sparsekit.pattern import Pattern
+from sparsekit.recipe import read_recipe
+from sparsekit.recursion import Recursion
+from sparsekit.run import run_recipe
+from sparsekit.stats import Gram
+
+CUDA = torch.device("cuda")
+PATTERN = Pattern(2, 4)
+SWEEPS: dict[str, dict[str, Any]] = {
+    "2:4": {"pattern": PATTERN},
+    "int4": {"rounding": Rounding(4, 128)},
+    "int4 static": {"rounding": Rounding(4, 128, static=True)},
+    "int4 mse": {"rounding": Rounding(4, 128, mse=True)},
+    "joint": {"pattern": PATTERN, "rounding": Rounding(4, 128)},
+    "half": {"pattern": Pattern.unstructured(0.5)},
+}
+GROUPS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
+
+
+def timed(call: Callable[[], object], repeats: int = 5, warm: int = 2) -> dict[str, float]:
+    """Milliseconds of a call on the device: median, least and most."""
+    times = []
+    for index in range(repeats + warm):
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if index >= warm:
+            times.append(start.elapsed_time(end))
+    return {"ms": round(statistics.median(times), 4), "least": round(min(times), 4), "most": round(max(times), 4)}
+
+
+def tokens(count: int, columns: int, seed: int = 0) -> Tensor:
+    """Correlated bfloat16 inputs with a few large channels, as a language model's."""
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    base = torch.randn(count, 256, generator=generator, device=CUDA, dtype=torch.bfloat16)
+    mixing = torch.randn(256, columns, generator=generator, device=CUDA, dtype=torch.bfloat16) / 16
+    x = base @ mixing + 0.5 * torch.randn(count, columns, generator=generator, device=CUDA, dtype=torch.bfloat16)
+    return x * torch.rand(columns, generator=generator, device=CUDA).mul(3).exp().bfloat16() / 4
+
+
+def check() -> dict[str, Any]:
+    """The kernels' tests."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu/test_oneshot_kernels.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tail = done.stdout.strip().splitlines()[-40:]
+    print("\n".join(tail if done.returncode else tail[-1:]))
+    return {"exit": done.returncode, "seconds": time.perf_counter() - start, "last": tail[-1:]}
+
+
+def solve() -> dict[str, Any]:
+    """Factor and sweep of each distinct input."""
+    found: dict[str, Any] = {}
+    for name, shape in GROUPS.items():
+        found[name] = solved(*shape, beside=name != "gate_up")
+        print(name, json.dumps({key: value for key, value in found[name].items() if key != "kernels"}), flush=True)
+        for line in found[name]["kernels"]:
+            print("   ", line)
+        torch.cuda.empty_cache()
+    return found
+
+
+def solved(rows: int, columns: int, *, beside: bool) -> dict[str, Any]:
+    """Times of one shape; with the recursion beside it if asked for."""
+    gram = Gram.empty(columns, CUDA)
+    gram.update(tokens(16384, columns))
+    generator = torch.Generator(CUDA).manual_seed(1)
+    weight = torch.randn(rows, columns, generator=generator, device=CUDA) / columns**0.5
+    matrix = gram.matrix
+    matrix.diagonal().add_(0.01 * matrix.diagonal().mean())
+    row: dict[str, Any] = {
+        "cholesky_float32": timed(lambda: torch.linalg.cholesky_ex(matrix), 3, 1),
+        "cholesky_float64": timed(lambda: torch.linalg.cholesky_ex(matrix.double()), 3, 1),
+        "our_factor": timed(lambda: gram._factor(0.01, None), 3, 1),
+    }
+    factor = gram.inverse_factor(0.01)[0]
+    row |= {
+        name: timed(lambda arguments=arguments: sweep(weight, factor, **arguments), 3, 1)
+        for name, arguments in SWEEPS.items()
+    }
+    if beside:
+        reference = Recursion(weight)
+        reference.gram = 2 * gram.matrix
+        row["recursion_2to4"] = timed(lambda: reference.pruned(2, 4), 1, 0)
+        theirs, ours = reference.pruned(2, 4), sweep(weight, factor, **SWEEPS["2:4"])
+        row["masks_equal"] = float(((theirs != 0) == ours.keep).double().mean())
+        row["error_ratio_2to4"] = error(weight, ours.weight, gram) / error(weight, theirs, gram)
+        row["recursion_int4"] = timed(lambda: reference.quantized(4), 1, 0)
+        theirs, four = reference.quantized(4), sweep(weight, factor, **SWEEPS["int4"])
+        row["weights_equal"] = float(torch.isclose(theirs, four.weight, rtol=1e-4, atol=1e-7).double().mean())
+        row["error_ratio_int4"] = error(weight, four.weight, gram) / error(weight, theirs, gram)
+    row["kernels"] = profiled(lambda: sweep(weight, factor, **SWEEPS["2:4"]))
+    return row
+
+
+def error(weight: Tensor, result: Tensor, gram: Gram) -> float:
+    """tr(D H Dᵀ)."""
+    change = weight - result
+    return float(((change @ gram.matrix) * change).sum(dtype=torch.float64))
+
+
+def profiled(call: Callable[[], object], rows: int = 8) -> list[str]:
+    """The kernels that take the most time in a call, and how often they are launched."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:rows]
+    return [f"{event.device_time_total / 1000:9.3f} ms {event.count:5} x {event.key[:80]}" for event in events]
+
+
+def gram() -> dict[str, Any]:
+    """Our accumulation and the recursion's, of 64 Ki tokens in bfloat16."""
+    columns, count = 11008, 65536
+    x = tokens(count, columns)
+    ours = Gram.empty(columns, CUDA)
+    theirs = Recursion(torch.empty(1, columns, device=CUDA))
+
+    def one() -> None:
+        for part in x.split(16384):
+            ours.update(part)
+
+    def other() -> None:
+        for part in x.split(2048):
+            theirs.add(part)
+
+    row: dict[str, Any] = {"ours": timed(one, 3, 1), "recursion": timed(other, 1, 1)}
+    few = slice(0, 512)  # columns whose sums are checked in float64
+    exact = torch.zeros(512, columns, dtype=torch.float64, device=CUDA)
+    for part in x.split(8192):
+        exact += part[:, few].t().double() @ part.double()
+    ours, theirs = Gram.empty(columns, CUDA), Recursion(torch.empty(1, columns, device=CUDA))
+    one(), other()
+    scale = exact.norm()
+    row["our_error"] = float((ours.sum[few].double() - exact).norm() / scale)
+    row["recursion_error"] = float((theirs.gram[few].double() * theirs.samples / 2 - exact).norm() / scale)
+    row["tflops"] = round(2 * count * columns**2 / row["ours"]["ms"] / 1e9, 1)
+    row["ratio"] = round(row["recursion"]["ms"] / row["ours"]["ms"], 2)
+    row["kernels"] = profiled(one)
+    print(json.dumps(row, indent=1))
+    return row
+
+
+def mask() -> dict[str, Any]:
+    """The mask kernel."""
+    weights = [torch.randn(4096, 11008, device=CUDA) for _ in range(4)]
+    norm = torch.rand(11008, device=CUDA)
+    target = torch.empty_like(weights[0])
+
+    def loop(weight: Tensor) -> Tensor:
+        """Group by group along the row, as Wanda's code does."""
+        score = weight.abs() * norm
+        dropped = torch.zeros_like(score, dtype=torch.bool)
+        for start in range(0, score.shape[1], 4):
+            cheapest = torch.topk(score[:, start : start + 4], 2, dim=1, largest=False)[1]
+            dropped.scatter_(1, start + cheapest, True)
+        return ~dropped
+
+    def each(call: Callable[[Tensor], object]) -> Callable[[], None]:
+        return lambda: [call(weight) for weight in weights] and None
+
+    numel = 4 * weights[0].numel()
+    row: dict[str, Any] = {
+        "kernel": timed(each(lambda weight: nm_mask(weight, norm, PATTERN, absolute=True)), 20, 5),
+        "keep_weights": timed(each(lambda weight: PATTERN.keep_weights(weight, norm)), 20, 5),
+        "torch": timed(each(lambda weight: PATTERN.keep_reference(weight.abs() * norm)), 5, 2),
+        "copy": timed(each(lambda weight: target.copy_(weight)), 20, 5),
+        "loop": timed(each(loop), 1, 0),
+    }
+    row["copy_gb_s"] = round(8 * numel / row["copy"]["ms"] / 1e6, 1)
+    row["kernel_gb_s"] = round(5 * numel / row["kernel"]["ms"] / 1e6, 1)
+    row["share_of_copy"] = round(row["kernel_gb_s"] / row["copy_gb_s"], 3)
+    row["ratio"] = round(row["loop"]["ms"] / row["kernel"]["ms"], 1)
+    print(json.dumps(row, indent=1))
+    return row
+
+
+class Silent:
+    """A `sparsekit.run.Listener` that says nothing."""
+
+    def planned(self, recipe: object, plan: object, view: object) -> None:
+        """Nothing."""
+
+    def started(self, title: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def finished(self, summary: object, *, cached: bool) -> None:
+        """Nothing."""
+
+    def closed(self, report: object, files: object) -> None:
+        """Nothing."""
+
+
+def base(model: Path, text: Path) -> dict[str, Any]:
+    """A step on a real model: seconds, and which kernels and host functions take them."""
+    found: dict[str, Any] = {}
+    for label, steps in {
+        "sparsegpt": '[{method: sparsegpt, pattern: "2:4"}]',
+        "gptq": "[{method: gptq, bits: 4, group_size: 128}]",
+    }.items():
+        for attempt in ("first", "second"):
+            with tempfile.TemporaryDirectory() as directory:
+                recipe = Path(directory) / "recipe.yaml"
+                recipe.write_text(
+                    f"name: {label}\nseed: 0\nmodel:\n  path: {model.resolve()}\ndata:\n"
+                    f"  calibration: {{path: {text.resolve()}, samples: 128, seq_len: 1024}}\n"
+                    f"steps: {steps}\noutput: {directory}/run\n"
+                )
+                profile = cProfile.Profile()
+                start = time.perf_counter()
+                profile.enable()
+                run_recipe(read_recipe(recipe), Silent())
+                profile.disable()
+                seconds = time.perf_counter() - start
+                report = json.loads((Path(directory) / "run" / "report.json").read_text())
+            step = report["steps"][0]["seconds"]
+            found[f"{label} {attempt}"] = {"step_seconds": step, "run_seconds": seconds}
+            print(label, attempt, f"step {step:.3f} s, run {seconds:.3f} s", flush=True)
+        out = io.StringIO()
+        pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(22)
+        lines = [line for line in out.getvalue().splitlines() if line.strip()][4:]
+        found[label] = lines
+        print("\n".join(line[:150] for line in lines))
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="check,solve,gram,mask")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=Path("shared/models/base"))
+    parser.add_argument("--text", type=Path, default=Path("shared/text/calibration.txt"))
+    given = parser.parse_args()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "check": check,
+        "solve": solve,
+        "gram": gram,
+        "mask": mask,
+        "base": lambda: base(given.model, given.text),
+    }
+    environment = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    found: dict[str, Any] = {"environment": environment}
+    for name in given.parts.split(","):
+        start = time.perf_counter()
+        print(f"== {name}", flush=True)
+        with torch.inference_mode():
+            found[name] = parts[name]()
+        print(f"== {name}: {time.perf_counter() - start:.1f} s", flush=True)
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
