@@ -10,6 +10,8 @@ from sparsekit.paired import perplexity_change, task_tests
 
 Record = Mapping[str, Any]
 
+UNTOUCHED: Record = {"sparsity": 0.0, "pattern": None, "bits": [], "groups": 0}  # an arm without steps
+
 
 def comparison_of(name: str, reports: Mapping[str, Record], notes: Sequence[str]) -> dict[str, Any]:
     """Put the reports of some runs side by side.
@@ -71,7 +73,7 @@ def _arm(name: str, report: Record, dense: Record) -> dict[str, Any]:
     """One arm's row and what its drawings need."""
     steps, exports = report["steps"], report["exports"]
     smallest = min(exports, key=lambda one: one["bytes"]["files"], default=None)
-    last, tasks = steps[-1], dict(report["tasks"].get("final", {}))
+    last, tasks = steps[-1] if steps else UNTOUCHED, dict(report["tasks"].get("final", {}))
     arm: dict[str, Any] = {
         "name": name,
         "recipe": report["recipe"],

@@ -279,10 +279,14 @@ def _wrong_measurements(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
 
 def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     """Layers can be redone by the last step, if it works layer by layer."""
-    gates, last = recipe.evaluate.gates, recipe.steps[-1]
-    keys, name = ("evaluate", "gates", "redo"), f"step {len(recipe.steps)} ({last.method.name})"
+    gates, keys = recipe.evaluate.gates, ("evaluate", "gates", "redo")
     if gates.redo is None:
         return
+    if not recipe.steps:
+        yield keys, "redo repeats layers of the last step, and steps is empty"
+        return
+    last = recipe.steps[-1]
+    name = f"step {len(recipe.steps)} ({last.method.name})"
     if gates.max_ppl_increase is None:
         yield keys, "redo needs the limit that makes it happen; add max_ppl_increase"
     if last.method.scope == "model":
@@ -293,9 +297,10 @@ def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         yield (*keys, "bits"), f"{name} has no bits; leave them out, and the worst layers stay as they were before it"
     elif gates.redo.bits <= getattr(last.params, "bits"):  # noqa: B009  # the method's own parameter
         yield (*keys, "bits"), f"bits {gates.redo.bits} is no higher precision than that of {name}"
-    if "gptq" in recipe.export.formats:
-        message = "a gptq export has one number of bits; leave bits out, and the worst layers stay unquantized"
-        yield (*keys, "bits"), message
+    integers = [name for name in recipe.export.formats if FORMATS[name].storage is not None]
+    if integers:
+        told = f"a {integers[0]} export has one number of bits"
+        yield (*keys, "bits"), f"{told}; leave bits out, and the worst layers stay unquantized"
 
 
 def _wrong_paths(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

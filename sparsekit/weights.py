@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsekit.errors import ModelError
+from sparsekit.imports import QuantizedFiles, is_quantized
+from sparsekit.state import LinearState
 
 
 class Weights:
@@ -20,21 +23,37 @@ class Weights:
     (`transformer.h.0...` and `h.0...`), and are streamed. When transformers converts names or
     shapes while loading (fused experts of older checkpoints), the whole model is loaded once on
     the host through transformers, and `note` says so.
+
+    The linears of a quantized checkpoint are integers: `linear` gives them, `read` what they stand for.
     """
 
     def __init__(self, directory: Path, module: PreTrainedModel, *, trust_remote_code: bool) -> None:
         self.directory = directory
         self.note = ""
-        self._files = _index(directory)
+        self.quantized = QuantizedFiles(directory) if is_quantized(directory) else None
+        self._files = _index(directory) if self.quantized is None else self.quantized.plain()
         self._names: dict[str, str] = {}
+        self._stems: dict[str, str] = {}
         self._loaded: dict[str, Tensor] | None = None
         wanted = [name for name, _ in module.named_parameters()]
         missing = [name for name in wanted if not self._resolve(name, module.base_model_prefix)]
+        if missing and self.quantized is not None:
+            raise ModelError(f"{directory} has no tensor {missing[0]} ({len(missing)} tensors are missing)")
         if missing:
             self._load_whole(missing, trust_remote_code)
+        elif self.quantized is not None:
+            told = self.quantized
+            self.note = (
+                f"the model is quantized: {len(self._stems)} linears in {told.storage.title} format, "
+                f"{told.setting.bits} bits, written by {told.quantizer}"
+            )
 
     def _resolve(self, name: str, prefix: str) -> bool:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            stem = candidate.removesuffix(".weight")
+            if self.quantized is not None and stem != candidate and stem in self.quantized:
+                self._stems[name] = stem
+                return True
             if candidate in self._files:
                 self._names[name] = candidate
                 return True
@@ -54,7 +73,26 @@ class Weights:
         )
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names if self._loaded is None else name in self._loaded
+        return name in self._names or name in self._stems if self._loaded is None else name in self._loaded
+
+    def linear(self, name: str, linear: str, shape: Sequence[int]) -> LinearState | None:
+        """The integers of a weight as a state, or None when it is stored as values.
+
+        Args:
+            name: Of the weight in the Hugging Face model.
+            linear: What the state is to be called.
+            shape: [out, in] of the linear.
+        Raises:
+            ModelError: The model expects another shape.
+            CheckpointError: The tensors are damaged or do not fit together.
+        """
+        if self.quantized is None or name not in self._stems:
+            return None
+        state = self.quantized[self._stems[name]]
+        if list(state.source.shape) != list(shape):
+            found = list(state.source.shape)
+            raise ModelError(f"{self.directory}: {name} holds integers {found}, the model expects {list(shape)}")
+        return replace(state, name=linear)
 
     def read(self, name: str, shape: Iterable[int]) -> Tensor:
         """One tensor, on the host, in its stored dtype.
@@ -64,6 +102,9 @@ class Weights:
         """
         if self._loaded is not None:
             return self._loaded[name]
+        state = self.linear(name, name, list(shape))
+        if state is not None:
+            return state.weight
         path = self._files[self._names[name]]
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -76,10 +117,12 @@ class Weights:
 
     def dtype(self) -> torch.dtype:
         """The dtype most of the file's first tensors are stored in."""
-        name = next(iter(self._files))
-        with safe_open(str(self._files[name]), framework="pt") as file:
-            found: torch.dtype = file.get_tensor(name).dtype
-        return found
+        for name, path in self._files.items():
+            with safe_open(str(path), framework="pt") as file:
+                found: torch.dtype = file.get_tensor(name).dtype
+            if found.is_floating_point:
+                return found
+        raise ModelError(f"{self.directory} holds no floating-point tensor")
 
 
 def _index(directory: Path) -> dict[str, Path]:

@@ -251,7 +251,7 @@ BAD: list[tuple[str, str, int, list[str]]] = [
     ("{method: rtn, bits: 4}", '{method: fake_prune, pattern: "2:4", power: 0.0}', 11, ["more than 0"]),
     ("{method: rtn, bits: 4}", '{method: fake_prune, pattern: "2:4", betas: [x, 1.0]}', 11, ["betas[0]", "'x'"]),
     ("{method: rtn, bits: 4}", '{method: fake_prune, pattern: "2:4", nested: {dept: 1}}', 11, ["'dept'", "'depth'"]),
-    ("steps:\n", "steps: []\nx_steps:\n", 8, ["steps is empty"]),
+    ("steps:\n", "x_steps:\n", 8, ["x_steps"]),
     ("bits: 4}", "bits: 4}\n  - {method: magnitude}", 12, ["step 3 (magnitude) prunes", "step 2 (rtn", ":11)"]),
     ("bits: 4}", "bits: 4}\n  - {method: rtn}", 12, ["step 3 (rtn) quantizes", "step 2 (rtn", ":11)"]),
     ("calibration:", "train:", 9, ["step 1 (wanda) reads a calibration text", "builtin:calibration"]),
