@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 .venv/bin/python:
 	python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[dev]'
 
-.PHONY: test check gpu run
+.PHONY: test check gpu run docs docs-write docs-check
 test: .venv/bin/python  ## the whole suite, CPU only
 	$(PYTHON) -m pytest
 check: .venv/bin/python  ## lint and types
@@ -13,3 +13,14 @@ gpu: .venv/bin/python  ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
 run: .venv/bin/python  ## the main job on the embedded model
 	.venv/bin/sparsekit run recipes/ast_gptq4.yaml
+
+COG = .venv/bin/cog -I scripts -p "import cog, generated"
+PAGES = README.md docs/*.md docs/methods/*.md docs/benchmarks/*.md plugins/*.md
+
+docs-write: .venv/bin/python  ## write the generated parts of the docs anew
+	$(COG) -r $(PAGES)
+docs-check: .venv/bin/python  ## fail when a generated part is stale
+	$(COG) --check $(PAGES)
+docs: .venv/bin/python  ## build the site into site/
+	.venv/bin/pip install -q -c constraints.txt -e '.[docs]'
+	.venv/bin/zensical build --strict

@@ -37,7 +37,8 @@ def compared(name: str, runs: Path, windows: int | None) -> dict[str, Any]:
         steps = [{key: step[key] for key in STEP_KEPT if key in step} for step in report["steps"]]
         arms.append({"arm": report["name"], "dense": report["dense"], "final": report["final"], "steps": steps})
         about = {"environment": report["environment"], "model": report["model"]}
-    return {"comparison": name, "windows": windows or "all", **about, "arms": arms}
+    counts = {"calibration": windows or 128, "windows": windows or "all"}
+    return {"comparison": name, "recipe": COMPARISONS[name], **counts, **about, "arms": arms}
 
 
 def table(result: dict[str, Any]) -> str:

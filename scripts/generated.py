@@ -1,0 +1,181 @@
+"""What the docs take from the code: cog runs these functions inside the Markdown files.
+
+make docs-write     cog writes the generated parts anew
+make docs-check     fails when one of them is stale (a test does the same)
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsekit.cli import main
+from sparsekit.console import type_name
+from sparsekit.entries import Exports, Gates, Measurements, ModelEntry, Tasks, TextEntry
+from sparsekit.recipe import Recipe
+from sparsekit.registry import BUILT_IN, METHODS, Method
+from sparsekit.testing import PROPERTIES
+
+ROOT = Path(__file__).parents[1]
+PLUGINS = ROOT / "plugins"
+FIGURES = ("plugins_h100.json", "plugins_cpu.json")  # of docs/benchmarks, the best first
+SECTIONS = {
+    "": Recipe,
+    "model": ModelEntry,
+    "data.calibration, data.train, data.evaluation.NAME": TextEntry,
+    "evaluate": Measurements,
+    "evaluate.gates": Gates,
+    "evaluate.lm_eval": Tasks,
+    "export": Exports,
+}
+
+
+def cli_help() -> str:
+    """Help of every command."""
+    parts = [_help(main, "sparsekit")]
+    parts += [_help(command, f"sparsekit {name}") for name, command in sorted(main.commands.items())]
+    return "\n".join(parts)
+
+
+def _help(command: click.Command, path: str) -> str:
+    context = click.Context(command, info_name=path, max_content_width=100, terminal_width=100)
+    return f"## {path}\n\n```text\n{command.get_help(context)}\n```\n"
+
+
+def methods_table(folder: str = "") -> str:
+    """The built-in methods, each with a link to its page in `folder`."""
+    rows = ["| method | kind | needs | what it does |", "|---|---|---|---|"]
+    for name in BUILT_IN:
+        method = METHODS.get(name)
+        cells = (f"[`{name}`]({folder}{name}.md)", method.kind, _needs(method), _escaped(method.summary))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def plugins_table() -> str:
+    """The methods of the files in plugins/."""
+    rows = ["| file | method | kind | needs | what it does |", "|---|---|---|---|---|"]
+    for path in sorted(PLUGINS.glob("*.py")):
+        for method in plugin_methods(path):
+            cells = (f"`{path.name}`", f"`{method.name}`", method.kind, _needs(method), _escaped(method.summary))
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def plugin_methods(path: Path) -> list[Method]:
+    """What a plugin file registers, in the order of the file."""
+    METHODS.load_path(path)
+    names = re.findall(r"^@sk\.\w+_method\(\"(\w+)\"", path.read_text(), re.M)
+    return [METHODS.get(name) for name in names]
+
+
+def _needs(method: Method) -> str:
+    if method.scope == "model":
+        return "training text"
+    return "calibration text" if method.stats else "no data"
+
+
+def method(name: str, plugin: str = "") -> str:
+    """Parameters, source and deviations of a method."""
+    if plugin:
+        METHODS.load_path(PLUGINS / plugin)
+    found = METHODS.get(name)
+    fields = found.parameters.model_fields
+    lines = []
+    if fields:
+        lines += ["| parameter | type | default | |", "|---|---|---|---|"]
+    for key, info in fields.items():
+        default = "required" if info.is_required() else f"`{info.default}`"
+        cells = (f"`{key}`", _escaped(type_name(info.annotation)), default, _escaped(info.description or ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"**Source.** {_linked(found.source)}"]
+    if deviations := _paragraph(found, "Deviations"):
+        lines += ["", f"**Deviations.** {deviations[0].upper()}{deviations[1:]}"]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _paragraph(method: Method, title: str) -> str:
+    """A paragraph of the docstring that begins with a title, on one line."""
+    found = re.search(rf"^{title}:\s*(.+?)(?:\n\n|\n\w+:|\Z)", inspect.getdoc(method.function) or "", re.S | re.M)
+    return _linked(" ".join(found[1].split())) if found else ""
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def promises() -> str:
+    """The contract suite."""
+    rows = ["| promise | |", "|---|---|"]
+    rows += [f"| `{check.__name__}` | {(check.__doc__ or '').partition(chr(10))[0]} |" for check in PROPERTIES]
+    return "\n".join(rows) + "\n"
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe, with its default."""
+    parts = []
+    for section, model in SECTIONS.items():
+        parts += [f"## {section or 'top level'}", "", "| key | default | |", "|---|---|---|"]
+        for key, info in model.model_fields.items():
+            default = "required" if info.is_required() else ""
+            plain = isinstance(info.default, (str, int, float, bool, list)) and not info.is_required()
+            parts.append(f"| `{key}` | {f'`{info.default}`' if plain else default} | {info.description or ''} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def modules() -> str:
+    """Every module of the package with the first line of its docstring."""
+    rows = ["| module | |", "|---|---|"]
+    for path in sorted((ROOT / "sparsekit").rglob("*.py"), key=lambda path: (len(path.parts), path)):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        name = str(path.relative_to(ROOT / "sparsekit").with_suffix("")).removesuffix("/__init__")
+        if name not in ("__init__", "__main__"):
+            rows.append(f"| `{name.replace('/', '.')}` | {_escaped(' '.join(doc.partition(chr(10) * 2)[0].split()))} |")
+    return "\n".join(rows) + "\n"
+
+
+def pages() -> Iterator[Path]:
+    """Every Markdown file with generated parts."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(PLUGINS.glob("*.md"))]:
+        if "[[[cog" in path.read_text():
+            yield path
+
+
+def _table(result: dict[str, Any]) -> str:
+    """As the benchmark's own script prints it."""
+    spec = importlib.util.spec_from_file_location("plugins_benchmark", ROOT / "docs/benchmarks/plugins.py")
+    assert spec is not None and spec.loader is not None  # it is a Python file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: str = module.table(result)
+    return found
+
+
+def plugin_figures() -> str:
+    """The tables of the newest comparison of the plugins: on CUDA if there is one."""
+    files = [ROOT / "docs/benchmarks" / name for name in FIGURES]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        return "Not measured yet; `docs/benchmarks/plugins.py` runs the comparison.\n"
+    parts = []
+    for result in json.loads(found.read_text()):
+        sparsity = "2:4" if result["comparison"] == "2to4" else "sparsity 0.7 without positions"
+        windows = "all" if result["windows"] == "all" else f"the first {result['windows']}"
+        device = result["environment"]["device"]
+        protocol = f"models/base to {sparsity}, {result['calibration']} calibration windows of 1024 tokens"
+        recipe = f"`recipes/plugins/{result['recipe']}.yaml`"
+        parts.append(f"{protocol}, {windows} windows of the valid text, on {device}; {recipe}.\n\n{_table(result)}\n")
+    return "\n".join(parts)
