@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.kernels import Kernels, loss_kernel
+from sparsekit.update import widest
 
 CHUNK_ENTRIES = 2**25  # logits held at once: 4,096 tokens of an 8,192 vocabulary, 128 MB in float32
 CHUNK_ROWS = 128  # on CUDA a chunk is a multiple of it, the height of a tile of the head's product
@@ -60,12 +61,13 @@ def loss_reference(
     Returns:
         Loss, divergence (without T²) and cross-entropy, scalars.
     """
-    ce = F.cross_entropy(student.float(), targets, ignore_index=IGNORED)
+    student = student.to(widest(student.dtype))
+    ce = F.cross_entropy(student, targets, ignore_index=IGNORED)
     if teacher is None:
         return ce, torch.zeros_like(ce), ce
     t = objective.temperature
-    log_s = F.log_softmax(student.float() / t, -1)
-    log_t = F.log_softmax(teacher.float() / t, -1)
+    log_s = F.log_softmax(student / t, -1)
+    log_t = F.log_softmax(teacher.to(student.dtype) / t, -1)
     if objective.direction == "reverse":
         log_s, log_t = log_t, log_s
     kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
@@ -85,18 +87,18 @@ def slice_loss_reference(
         tokens: Rows of all slices together, the divisor of the divergence.
         counted: Rows of all slices that have a target, the divisor of the cross-entropy.
     """
-    student = student.float()
+    student = student.to(widest(student.dtype))
     log_s = F.log_softmax(student, -1)
     valid = targets != IGNORED
     safe = targets.clamp(min=0).unsqueeze(1)
     ce = -(log_s.gather(1, safe).squeeze(1) * valid).sum()
-    share = (1 - objective.kl if teacher is not None else 1.0) / counted
+    share = (1 - objective.kl if teacher is not None else 1.0) / counted.to(student.dtype)
     weight = (valid * share).unsqueeze(1)  # [rows, 1]
     grad = log_s.exp() * weight
     grad.scatter_add_(1, safe, -weight)
     if teacher is None:
         return torch.zeros_like(ce), ce, grad
-    t, teacher = objective.temperature, teacher.float()
+    t, teacher = objective.temperature, teacher.to(student.dtype)
     log_s = log_s if t == 1 else F.log_softmax(student / t, -1)
     log_t = F.log_softmax(teacher if t == 1 else teacher / t, -1)
     if objective.direction == "reverse":
@@ -132,10 +134,11 @@ class _ChunkedLoss(torch.autograd.Function):
         low = hidden.is_cuda and head.dtype in (torch.bfloat16, torch.float16)
         grad_hidden = torch.empty_like(hidden)
         # the half-precision product accumulates in float32 inside and rounds once a chunk, as micro-batches do
-        grad_head = torch.zeros_like(head, dtype=head.dtype if low else torch.float32)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        kl = torch.zeros((), device=hidden.device)
-        ce = torch.zeros((), device=hidden.device)
+        wide = widest(head.dtype)
+        grad_head = torch.zeros_like(head, dtype=head.dtype if low else wide)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        kl = torch.zeros((), device=hidden.device, dtype=wide)
+        ce = torch.zeros((), device=hidden.device, dtype=wide)
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], head, bias)
@@ -148,13 +151,13 @@ class _ChunkedLoss(torch.autograd.Function):
             kl += part_kl
             ce += part_ce
             if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
+                grad_bias += grad.sum(0, dtype=wide)
             grad = grad.to(hidden.dtype)
             grad_hidden[rows] = grad @ head
             if low:
                 grad_head.addmm_(grad.t(), hidden[rows])
             else:
-                grad_head.addmm_(grad.t().float(), hidden[rows].float())
+                grad_head.addmm_(grad.t().to(wide), hidden[rows].to(wide))
             del grad  # before the next chunk's logits are made
         ctx.made = [grad_hidden, grad_head.to(head.dtype), grad_bias]
         kl, ce = kl / tokens, ce / counted

@@ -25,7 +25,8 @@ from sparsekit.lowbits import (
     widened,
 )
 from sparsekit.pattern import Pattern
-from sparsekit.update import DecayRule, Rule, SecondMoment, Step, adamw_, refreshed
+from sparsekit.update import DecayRule, Rule, SecondMoment, Step, adamw_, refreshed, widest
+from sparsekit.world import ALONE, World, as_sharded, local, rows_of, whole
 
 __all__ = ["DecayRule", "Rule", "SecondMoment", "SparseAdamW", "Step", "adamw_", "clip_factor", "refreshed"]
 
@@ -37,7 +38,10 @@ class SparseAdamW:
     """AdamW over a model in which some weights are sparse.
 
     `masked` tells whether the model computes with W ⊙ M now; it starts as the rule says, and
-    `finalize` sets it. `flips` are the counts of the last refresh.
+    `finalize` sets it. `flips` are the counts of the last refresh, over all ranks.
+
+    A model that is sharded over ranks has been so before; `names` are then the rows that are here, and
+    everything below works on them as if they were the parameters.
 
     State of a sparse parameter: `dense` (W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq` and, with
     activation-aware scores, `importance` [in]. An ordinary parameter that is not of the masters' dtype
@@ -46,13 +50,14 @@ class SparseAdamW:
 
     Args:
         model: Its parameters that require a gradient are trained.
-        masks: First mask of each sparse parameter by parameter name.
+        masks: First mask of each sparse parameter by parameter name; of the whole parameter, as are `weights`.
         pattern: What every refreshed mask keeps.
         rule: The update rule.
         importance: Input norms [in] of sparse parameters by parameter name; None for magnitude scores.
         weights: Dense values of sparse parameters by parameter name; those missing start from the model's.
         memory: Precision of the state.
         kernels: `auto` runs one fused Triton launch a step where it can, `reference` plain torch.
+        world: The ranks that share the model.
     """
 
     def __init__(
@@ -66,18 +71,20 @@ class SparseAdamW:
         weights: Mapping[str, Tensor] | None = None,
         memory: Memory = Memory(),
         kernels: Kernels = "auto",
+        world: World = ALONE,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         missing = sorted(set(masks) - {name for name, _ in named})
         if missing:
             raise ValueError(f"no trainable parameter {missing[0]!r}")
-        self.names = dict(named)
+        self.parameters = dict(named)
+        self.names = {name: parameter if world.size == 1 else local(parameter) for name, parameter in named}
         self.sparse = [name for name, _ in named if name in masks]
-        self.pattern, self.rule, self.memory = pattern, rule, memory
+        self.pattern, self.rule, self.memory, self.world = pattern, rule, memory, world
         self.masked = rule.masked
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        for name, parameter in named:
-            given = (weights or {}).get(name, parameter.detach())
+        for name, parameter in self.names.items():
+            given = rows_of(weights[name], self.parameters[name]) if name in (weights or {}) else parameter.detach()
             self.state[parameter] = self._first_state(name, parameter, masks.get(name), given)
             if importance and name in importance and name in masks:
                 self.state[parameter]["importance"] = importance[name].to(parameter.device, torch.float32)
@@ -89,19 +96,21 @@ class SparseAdamW:
         """State of a parameter before the first step; `given` are its dense values."""
         device, state = parameter.device, dict[str, Tensor]()
         if mask is not None:
-            if mask.shape != parameter.shape or mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {name} must be bool {list(parameter.shape)}")
-            first = mask.to(device)
+            if mask.shape != self.parameters[name].shape or mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} must be bool {list(self.parameters[name].shape)}")
+            first = rows_of(mask, self.parameters[name]).to(device)
             state["mask"] = first.clone(memory_format=torch.contiguous_format)
             state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
-        if mask is not None or parameter.dtype != self.memory.master_dtype:
-            state["dense"] = given.detach().to(device, self.memory.master_dtype, copy=True).contiguous()
+        # float64 parameters, of tests only, keep float64 state
+        master = parameter.dtype if parameter.dtype == torch.float64 else self.memory.master_dtype
+        if mask is not None or parameter.dtype != master:
+            state["dense"] = given.detach().to(device, master, copy=True).contiguous()
         for key in ("exp_avg", "exp_avg_sq"):
             if self.memory.states == "float8":
                 state[key] = torch.zeros(parameter.numel(), dtype=torch.float8_e4m3fn, device=device)
                 state[SCALE_OF[key]] = torch.zeros(blocks_of(parameter.numel()), device=device)
             else:
-                state[key] = torch.zeros_like(parameter.detach(), dtype=torch.float32)
+                state[key] = torch.zeros_like(parameter.detach(), dtype=widest(parameter.dtype))
         return state
 
     def _write(self, parameter: Tensor) -> None:
@@ -123,13 +132,16 @@ class SparseAdamW:
             clip: What gradients are multiplied by, a scalar tensor on their device (see `clip_factor`).
         """
         if self._fused is not None:
-            self.flips = self._fused.advance(step, clip, self.masked) or self.flips
+            counts = self._fused.advance(step, clip, self.masked)
+            if counts is not None:
+                self._count(*counts)
             if not step.refresh or self._fused.refreshes:
                 return
         else:
             for index, parameter in enumerate(self.names.values()):
                 if parameter.grad is not None:
-                    grad = parameter.grad.float() if clip is None else parameter.grad.float() * clip
+                    grad = parameter.grad.to(widest(parameter.dtype))
+                    grad = grad if clip is None else grad * clip
                     self._update(index, parameter, grad, step)
                     self._write(parameter)
         if step.refresh:
@@ -160,8 +172,14 @@ class SparseAdamW:
 
     def zero_grad(self) -> None:
         """Drop every gradient."""
-        for parameter in self.names.values():
+        for parameter in (*self.names.values(), *self.parameters.values()):
             parameter.grad = None
+
+    def take_gradients(self) -> None:
+        """Give the rows that are here the gradients that the backward has left in a sharded model."""
+        if self.world.size > 1:
+            for name, parameter in self.parameters.items():
+                self.names[name].grad = None if parameter.grad is None else local(parameter.grad)
 
     @torch.no_grad()
     def refresh(self, hysteresis: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -175,7 +193,7 @@ class SparseAdamW:
         for name in self.sparse:
             parameter = self.names[name]
             state = self.state[parameter]
-            dense = state["dense"].float()
+            dense = state["dense"].to(widest(state["dense"].dtype))
             mask = refreshed(dense, state["mask"], self.pattern, state.get("importance"), hysteresis)
             first = state["initial_mask"]
             changed.append((mask ^ state["mask"]).sum())
@@ -183,8 +201,12 @@ class SparseAdamW:
             state["mask"].copy_(mask)
             self._write(parameter)
         if changed:
-            self.flips = torch.stack(changed).sum(), torch.stack(away).sum()
+            self._count(torch.stack(changed).sum(), torch.stack(away).sum())
         return self.flips
+
+    def _count(self, changed: Tensor, away: Tensor) -> None:
+        counts = self.world.sum(torch.stack([changed, away]))
+        self.flips = counts[0], counts[1]
 
     def finalize(self) -> None:
         """From now on the model computes with W ⊙ M."""
@@ -193,10 +215,18 @@ class SparseAdamW:
             self._write(self.names[name])
 
     def weight(self, name: str) -> Tensor:
-        """The float32 weight of a parameter, dense also where it is sparse."""
+        """The whole float32 weight of a parameter, dense also where it is sparse."""
         parameter = self.names[name]
         dense: Tensor = self.state[parameter].get("dense", parameter.detach())
-        return dense.float()
+        return whole(as_sharded(dense, self.parameters[name])).float()
+
+    def mask(self, name: str) -> Tensor:
+        """The whole mask of a sparse parameter."""
+        own = self.state[self.names[name]]["mask"]
+        if self.world.size == 1:
+            return own
+        # as bytes: collectives of some backends know no bool
+        return whole(as_sharded(own.to(torch.uint8), self.parameters[name])).bool()
 
     @property
     def fused(self) -> bool:
@@ -206,7 +236,7 @@ class SparseAdamW:
     @property
     def sparse_numel(self) -> int:
         """Entries of all sparse parameters."""
-        return sum(self.names[name].numel() for name in self.sparse)
+        return sum(self.parameters[name].numel() for name in self.sparse)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue, by `STATE/PARAMETER`."""
@@ -218,6 +248,14 @@ class SparseAdamW:
             if "dense" not in state:
                 kept[f"parameter/{name}"] = parameter.detach()
         return kept
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """The same as tensors of all ranks together; what is written into them is written into the state."""
+        own = self.tensors()
+        return {
+            key: value if key.startswith("importance/") else as_sharded(value, self.parameters[key.partition("/")[2]])
+            for key, value in own.items()
+        }
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -232,6 +270,10 @@ class SparseAdamW:
             raise KeyError(f"training state differs in {odd[0]} and {len(odd) - 1} more tensors")
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        """Put what the model computes with into every parameter, after its state was changed from outside."""
         for parameter in self.names.values():
             self._write(parameter)
 
@@ -241,13 +283,20 @@ def _no_flips(device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[0], counts[1]
 
 
-def clip_factor(parameters: Iterable[Tensor], limit: float) -> tuple[Tensor, Tensor]:
+def clip_factor(parameters: Iterable[Tensor], limit: float, world: World = ALONE) -> tuple[Tensor, Tensor]:
     """What gradients must be multiplied by so that their global norm is at most `limit`.
 
+    Args:
+        parameters: Of this rank.
+        limit: Of the norm over all ranks.
+        world: The ranks.
     Returns:
         The factor and the norm, float32 scalars on the device; nothing is read on the host.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(grads, 2, torch.float32)
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    norms = torch._foreach_norm(grads, 2, dtype)
     norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    if world.size > 1:
+        norm = world.sum(norm.square()).sqrt()
     return (limit / (norm + 1e-6)).clamp(max=1.0), norm

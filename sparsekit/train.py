@@ -8,7 +8,6 @@ and everything needed to stop and continue without changing a bit.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,19 +16,20 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsekit.blocks import block_outputs, compiled, recomputed, square_head
-from sparsekit.checkpoint import read_json, read_tensors, write_json
 from sparsekit.distill import Objective, chunked_loss, headless, loss_reference, next_token_targets, plain_head
-from sparsekit.errors import CheckpointError, MethodError
+from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
 from sparsekit.optim import SparseAdamW, Step, clip_factor
+from sparsekit.snapshots import Snapshots
 from sparsekit.state import LinearState
+from sparsekit.world import ALONE, World
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to fill the unit
 CHECKPOINT_SECONDS = 120.0
+ASKED = 10  # steps between questions whether it is time, when several processes must agree
 LOGGED = 100  # lines of the log of a whole run, about
 VALIDATED = 10  # held-out scores of a whole run
 
@@ -48,6 +48,8 @@ class TrainJob:
         directory: Where checkpoints go; it is the method's own.
         log: Takes one record of the log.
         progress: Called with (tokens done, tokens in all).
+        world: The processes that do this job together, each with whole models until the method shards
+            them. All are given the same; `log` and `progress` of the first one count.
     """
 
     student: nn.Module
@@ -59,6 +61,7 @@ class TrainJob:
     directory: Path
     log: Callable[[dict[str, Any]], None]
     progress: Callable[[int, int], None]
+    world: World = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -217,8 +220,7 @@ class Fit:
             Figures of the run: steps, tokens, tokens a second, last losses.
         """
         job, steps = self.job, self.schedule.steps
-        if self.schedule.batch % self.micro_batch:
-            raise MethodError(f"micro_batch {self.micro_batch} does not divide batch {self.schedule.batch}")
+        self._check_batch()
         job.student.train(False)  # dropout stays off: the student is compared with a teacher that has none
         job.teacher.train(False).requires_grad_(False)
         self._heads = self._plain_heads()
@@ -250,25 +252,35 @@ class Fit:
             **{key: value for key, value in record.items() if key in ("loss", "kl", "ce", "valid_perplexity")},
         }
 
+    def _check_batch(self) -> None:
+        batch, size = self.schedule.batch, self.job.world.size
+        if batch % size:
+            raise MethodError(f"batch {batch} does not divide among {size} processes")
+        if batch // size % self.micro_batch:
+            of = f"batch {batch}" if size == 1 else f"the {batch // size} windows that each of {size} processes gets"
+            raise MethodError(f"micro_batch {self.micro_batch} does not divide {of}")
+
     def _plain_heads(self) -> tuple[nn.Linear, nn.Linear] | None:
         few = self.job.tokens[:1, :32].long().to(self.job.device)
         student, teacher = plain_head(self.job.student, few), plain_head(self.job.teacher, few)
+        self.job.world.rest(self.job.student)
         return (student, teacher) if student is not None and teacher is not None else None
 
     def _step(self, step: int, lr: float) -> dict[str, Tensor]:
         """Gradients of a batch, clip, update; returns what the policy wants logged."""
         job, batch = self.job, self.schedule.batch
         self.optimizer.zero_grad()  # before the forward: FSDP2 breaks when it stands later
-        rows = job.tokens[windows_of(step, batch, len(job.tokens), job.seed)]
+        rows = job.world.share(job.tokens[windows_of(step, batch, len(job.tokens), job.seed)])
         if job.device.type == "cuda":
             rows = rows.pin_memory().to(job.device, non_blocking=True)
-        share = self.micro_batch / batch
+        share = self.micro_batch / len(rows)
         for part in torch.split(rows, self.micro_batch):
             loss, kl, ce = self._loss(part.long())
             (loss * share).backward()  # type: ignore[no-untyped-call]
             for name, value in (("loss", loss.detach()), ("kl", kl), ("ce", ce)):
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * share
-        factor, norm = clip_factor(self.optimizer.names.values(), self.clip)
+        self.optimizer.take_gradients()
+        factor, norm = clip_factor(self.optimizer.names.values(), self.clip, job.world)
         self.optimizer.advance(self.policy.numbers(step, lr), factor)
         self._sums["steps"] = self._sums.get("steps", torch.zeros_like(norm)) + 1
         self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros_like(norm)) + norm
@@ -305,6 +317,7 @@ class Fit:
 
     def _log(self, done: int, tokens: int, lr: float, noted: Mapping[str, Tensor], with_valid: bool) -> dict[str, Any]:
         """Write one record: means since the last one, and the held-out perplexity now and then."""
+        self._sums = self.job.world.means(self._sums)
         count = float(self._sums.pop("steps"))
         record: dict[str, Any] = {"step": done, "tokens": tokens, "lr": lr}
         record |= {name: float(value) / count for name, value in self._sums.items()}
@@ -313,6 +326,7 @@ class Fit:
             raise MethodError(f"the loss is {record['loss']} at step {done}; lower lr, or train in a wider dtype")
         if with_valid and self.job.valid is not None:
             record["valid_perplexity"] = math.exp(mean_loss(self.job.student, self.job.valid, self.micro_batch))
+            self.job.world.rest(self.job.student)
         self._sums.clear()
         self.job.log(record)
         return record
@@ -320,6 +334,9 @@ class Fit:
     def _maybe_save(self, done: int) -> None:
         if self.checkpoint_every is not None:
             due = done % self.checkpoint_every == 0
+        elif self.job.world.size > 1:  # the clock of one decides, and is asked now and then: it takes an exchange
+            waited = time.monotonic() - self._saved_at
+            due = done % ASKED == 0 and self.job.world.told(waited) > CHECKPOINT_SECONDS
         else:
             due = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         if due:
@@ -327,48 +344,22 @@ class Fit:
             self._saved_at = time.monotonic()
 
     def _save(self, done: int) -> None:
-        tensors = {key: value.contiguous() for key, value in self.optimizer.tensors().items()}
-        tensors |= {f"sum/{name}": value.reshape(1) for name, value in self._sums.items()}
-        path = self.job.directory / f"step-{done:08d}.safetensors"
-        save_atomically(path, tensors)
-        write_json(path.with_suffix(".json"), {"step": done, "policy": self.policy.state()})
-        for old in self.job.directory.glob("step-*"):
-            if old.stem != path.stem:
-                old.unlink()
+        self._sums = self.job.world.means(self._sums)
+        self.snapshots.save(done, self.optimizer, self._sums, {"policy": self.policy.state()})
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns the step to go on with."""
-        for about in sorted(self.job.directory.glob("step-*.json"), reverse=True):
-            path = about.with_suffix(".safetensors")
-            try:
-                described, (tensors, _) = read_json(about), read_tensors(path)
-                own = {key: value for key, value in tensors.items() if not key.startswith("sum/")}
-                self.optimizer.load_tensors(own)
-            except (CheckpointError, KeyError):
-                continue  # half of the pair is missing, or another layout: the one before it, or the start
-            self._sums = {
-                key.removeprefix("sum/"): value[0].to(self.job.device)
-                for key, value in tensors.items()
-                if key.startswith("sum/")
-            }
-            self.policy.restore(described["policy"])
-            return int(described["step"])
-        return 0
+        found = self.snapshots.restore(self.optimizer, self.job.device)
+        if found is None:
+            return 0
+        described, self._sums = found
+        self.policy.restore(described["policy"])
+        return int(described["step"])
 
-
-def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a large safetensors file whole, without a second copy in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary)
-        with open(temporary, "rb+") as file:
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    @property
+    def snapshots(self) -> Snapshots:
+        """The checkpoints of this run."""
+        return Snapshots(self.job.directory, self.job.world)
 
 
 @torch.no_grad()

@@ -61,6 +61,11 @@ class Step:
     hysteresis: float = 0.0
 
 
+def widest(dtype: torch.dtype) -> torch.dtype:
+    """What arithmetic on such values is done in: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @torch.no_grad()
 def adamw_(
     weight: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsekit.distill import Direction, Objective
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
-from sparsekit.lowbits import Masters, Memory, States
+from sparsekit.lowbits import Masters, Memory, States, mixed
 from sparsekit.optim import DecayRule, Rule, SecondMoment, SparseAdamW, Step
 from sparsekit.pattern import Pattern
 from sparsekit.registry import model_method
@@ -134,12 +134,23 @@ def ast(
     steps = steps_of(tokens, job.tokens, batch)
     plan = Schedule(steps=steps, batch=batch, lr=lr, warmup=warmup, floor=lr_floor, shape=schedule)
     job.student.requires_grad_(True)
+    job.world.shard(job.student)  # before the optimizer, which holds the rows that are here
+    job.world.shard(job.teacher)
     norms = input_norms(job) if score == "activation" else {}
     masks, weights = first_masks(job, pattern, norms)
     rule = Rule(betas=betas, second_moment=second_moment, decay_rule=decay_rule, masked=forward == "masked")
-    memory = Memory(states, masters, seed=job.seed)
+    seed = mixed(job.seed + job.world.rank) if job.world.rank else job.seed  # ranks round with bits of their own
+    memory = Memory(states, masters, seed=seed)
     optimizer = SparseAdamW(
-        job.student, masks, pattern, rule, importance=norms, weights=weights, memory=memory, kernels=kernels
+        job.student,
+        masks,
+        pattern,
+        rule,
+        importance=norms,
+        weights=weights,
+        memory=memory,
+        kernels=kernels,
+        world=job.world,
     )
     policy = AstPolicy(
         optimizer=optimizer,
@@ -157,7 +168,7 @@ def ast(
         policy=policy,
         schedule=plan,
         objective=Objective(kl, temperature, kl_direction, hidden),
-        micro_batch=micro_batch or micro_batch_of(job.tokens, batch, job.device),
+        micro_batch=micro_batch or micro_batch_of(job.tokens, max(1, batch // job.world.size), job.device),
         clip=clip,
         checkpoint_every=checkpoint_every,
         compile=job.device.type == "cuda" and steps >= COMPILE_STEPS if compile is None else compile,
@@ -302,15 +313,17 @@ def input_norms(job: TrainJob) -> dict[str, Tensor]:
 
 
 def result(job: TrainJob, optimizer: SparseAdamW, metrics: Mapping[str, Any]) -> Trained:
-    """Linears with pruned entries at exact zero, and every other parameter."""
+    """Linears with pruned entries at exact zero, and every other parameter; of the first rank only."""
     linears: dict[str, LinearState] = {}
     params: dict[str, Tensor] = {}
     sparse = {f"{name}.weight": name for name in job.linears}
-    for name, parameter in optimizer.names.items():
-        weight = optimizer.weight(name)
-        if name in sparse:
-            mask = optimizer.state[parameter]["mask"].cpu()
-            linears[sparse[name]] = job.linears[sparse[name]].updated(weight.cpu(), mask)
+    for name in optimizer.names:
+        weight = optimizer.weight(name)  # all ranks take part
+        mask = optimizer.mask(name) if name in sparse else None
+        if not job.world.first:
+            continue
+        if mask is not None:
+            linears[sparse[name]] = job.linears[sparse[name]].updated(weight.cpu(), mask.cpu())
         else:
             params[name] = weight.cpu()
     return Trained(linears, params, dict(metrics))

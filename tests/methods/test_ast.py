@@ -19,9 +19,11 @@ TWO_OF_FOUR = Pattern(2, 4)
 SETTING = {"tokens": 24 * 64, "batch": 4, "micro_batch": 2, "lr": 3e-3, "mask_every": 3, "freeze": 0.2, "decay": 1e-2}
 
 
-def make_job(directory, family="llama", seed=0) -> TrainJob:
+def make_job(directory, family="llama", seed=0, tied=False) -> TrainJob:
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_config(FAMILIES[family]()).float()
+    config = FAMILIES[family]()
+    config.tie_word_embeddings |= tied
+    teacher = AutoModelForCausalLM.from_config(config).float()
     for parameter in teacher.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     student = copy.deepcopy(teacher).requires_grad_(False)

@@ -1,0 +1,70 @@
+"""What the ranks of `test_ast_ranks.py` do; started by torch.distributed.run with DIRECTORY as its argument."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch
+from safetensors.torch import save_file
+from test_ast import SETTING, make_job
+
+from sparsekit.methods.ast import ast
+from sparsekit.world import ALONE, World
+
+KEPT = 7
+SETTINGS = {**SETTING, "second_moment": "momentum", "kl": 0.6667, "temperature": 2.0, "checkpoint_every": 1}
+SETTINGS |= {"micro_batch": 1, "mask_every": 2}
+
+
+class Stopped(Exception):
+    """Ends a run in the middle."""
+
+
+def stopping(done, total):
+    if done == KEPT * 64:
+        raise Stopped
+
+
+def precise_job(directory, world=ALONE, stop=False):
+    """A float64 Llama with tied embeddings."""
+    job = make_job(directory, family="llama", tied=True)
+    job.student.double()
+    job.teacher.double()
+    return replace(job, world=world, progress=stopping if stop else job.progress)
+
+
+def finished(directory, world=ALONE, **options):
+    """Train to the end; write losses, masks and weights."""
+    job = precise_job(directory / "checkpoint", world)
+    log = []
+    trained = ast(replace(job, log=log.append), **SETTINGS, **options)
+    if world.first:
+        tensors = {f"weight/{name}": state.weight for name, state in trained.linears.items()}
+        tensors |= {f"mask/{name}": state.mask for name, state in trained.linears.items()}
+        tensors |= {f"param/{name}": value.clone() for name, value in trained.params.items()}
+        save_file(tensors, directory / "result.safetensors")
+        (directory / "log.json").write_text(json.dumps(log))
+
+
+def stopped(directory, world=ALONE, **options):
+    """Train a while."""
+    try:
+        ast(precise_job(directory / "checkpoint", world, stop=True), **SETTINGS, **options)
+    except Stopped:
+        return
+    raise AssertionError("the run was to be stopped")
+
+
+def main(directory):
+    torch.set_num_threads(1)
+    world = World.join("cpu")
+    finished(directory / "two", world)
+    stopped(directory / "two-then-one", world)
+    finished(directory / "one-then-two", world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
