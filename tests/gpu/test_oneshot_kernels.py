@@ -68,8 +68,8 @@ def test_a_block_is_settled_as_by_the_reference(choice, bits, rows):
     if choice in (None, "mask") and not bits:  # a choice or a code that differs moves the rest of its row
         torch.testing.assert_close(q, expected.weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(e, expected.error, rtol=1e-4, atol=1e-4)
-    relative = (e.double().square().sum() / expected.error.double().square().sum()).item()
-    assert abs(relative - 1) < 1e-3
+    loss, expected_loss = (error.double().square().sum().item() for error in (e, expected.error))
+    assert loss == pytest.approx(expected_loss, rel=1e-3)  # 0 where nothing is pruned or rounded
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
