@@ -75,13 +75,38 @@ def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], dry
     from rich.console import Console
 
     from sparsekit.console import Terminal
+    from sparsekit.console_plan import print_plan
     from sparsekit.recipe import read_recipe
     from sparsekit.run import Run
 
     read = read_recipe(recipe, overrides, plugins=plugins)
-    prepared = Run.open(read, Terminal(Console()))
-    if not dry_run:
-        prepared.execute()
+    if dry_run:
+        print_plan(Console(), read)
+    else:
+        Run.open(read, Terminal(Console())).execute()
+
+
+@main.command()
+@_recipe
+@_set
+@_plugin
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every layer and every part.")
+@_named_errors
+def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], as_json: bool) -> None:
+    """Predict what RECIPE does to each layer, and its memory, disk and time, without reading weights."""
+    import json
+
+    from rich.console import Console
+
+    from sparsekit.console_plan import print_plan
+    from sparsekit.estimate import Estimator
+    from sparsekit.recipe import read_recipe
+
+    read = read_recipe(recipe, overrides, plugins=plugins)
+    if as_json:
+        click.echo(json.dumps(Estimator.open(read).all(), indent=2))
+    else:
+        print_plan(Console(), read)
 
 
 @main.command()
@@ -102,6 +127,27 @@ def compare(
 
     terminal = ComparisonTerminal(Console())
     compare_sources(sources, overrides, plugins=plugins, out=out, deploy=deploy, listener=terminal)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--pattern", help="Count violations of this pattern, as in 2:4; default: what most sparse layers hold.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, layer by layer.")
+@_named_errors
+def inspect(model: str, pattern: str | None, as_json: bool) -> None:
+    """Show MODEL as sparsekit sees it: blocks, groups, and the pattern, bits and violations of its layers."""
+    import json
+
+    from rich.console import Console
+
+    from sparsekit.console_inspect import print_inspection
+    from sparsekit.inspection import inspect_model, pattern_of
+
+    found = inspect_model(model, pattern=pattern_of(pattern))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(Console(), found)
 
 
 @main.command()

@@ -66,6 +66,7 @@ class ModelView:
         compute_dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool,
+        empty: bool = False,
     ) -> None:
         self.path = path
         self.module = module
@@ -82,7 +83,7 @@ class ModelView:
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._sites = _sites(module)
         self._changed: set[str] = set()
-        for name in self._outside():
+        for name in [] if empty else self._outside():
             self._place(name, self._read(name))
         for owner in module.modules():
             for name, buffer in owner.named_buffers(recurse=False):
@@ -98,6 +99,7 @@ class ModelView:
         device: str | torch.device = "auto",
         trust_remote_code: bool = False,
         allow_network: bool = False,
+        empty: bool = False,
     ) -> ModelView:
         """Open a directory with a Hugging Face causal LM.
 
@@ -108,6 +110,7 @@ class ModelView:
             device: `auto` is CUDA when there is one.
             trust_remote_code: Let the checkpoint's own Python code run.
             allow_network: Let a hub id be downloaded.
+            empty: Read headers only and leave every parameter on meta, to look at the structure.
         Raises:
             ModelError: No such directory, no safetensors weights, a missing or misshapen tensor,
                 or no repeated blocks with linear layers.
@@ -120,7 +123,7 @@ class ModelView:
         stored = weights.dtype() if dtype == "auto" else dtype_of(dtype)
         default = torch.float32 if where.type == "cpu" else stored
         computed = default if compute_dtype == "auto" else dtype_of(compute_dtype)
-        return cls(directory, module, weights, origins, stored, computed, where, trust_remote_code)
+        return cls(directory, module, weights, origins, stored, computed, where, trust_remote_code, empty)
 
     def copy(self) -> ModelView:
         """The same model, opened once more; no block of it is loaded."""
@@ -205,6 +208,12 @@ class ModelView:
         for name, shape in self._shapes.items():
             if name.startswith(f"{self.blocks[index]}."):
                 self._set(name, torch.empty(shape, dtype=self.compute_dtype, device="meta"))
+
+    def pretend(self, index: int | None, make: Callable[[torch.Size], Tensor]) -> None:
+        """Put made-up values into a block, or outside the blocks for None; a plan reads no weights."""
+        for name, shape in self._shapes.items():
+            if name.startswith(f"{self.blocks[index]}.") if index is not None else not self._inside(name):
+                self._set(name, make(shape))
 
     def to_hf(self, index: int, block: BlockState) -> dict[str, Tensor]:
         """A block's tensors under the names and shapes of the Hugging Face model, in the stored dtype."""
