@@ -19,7 +19,7 @@ def ria(
     Source: Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
     Language Models", ICLR, eq. 2-3.
 
-    Deviations: the paper's channel permutation is left out.
+    Deviations: the paper's channel permutation is a step of its own, `permute` in permute.py.
     """
     size = layer.source.abs()
     share = size / size.sum(1, keepdim=True).clamp(min=1e-30) + size / size.sum(0, keepdim=True).clamp(min=1e-30)

@@ -62,10 +62,10 @@ def methods_table(folder: str = "") -> str:
 
 def plugins_table() -> str:
     """The methods of the files in plugins/."""
-    rows = ["| file | method | kind | needs | what it does |", "|---|---|---|---|---|"]
+    rows = ["| method | kind | what it does |", "|---|---|---|"]
     for path in sorted(PLUGINS.glob("*.py")):
         for method in plugin_methods(path):
-            cells = (f"`{path.name}`", f"`{method.name}`", method.kind, _needs(method), _escaped(method.summary))
+            cells = (f"`{method.name}`<br>{path.name}", f"{method.kind}<br>{_needs(method)}", _escaped(method.summary))
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -91,10 +91,11 @@ def method(name: str, plugin: str = "") -> str:
     fields = found.parameters.model_fields
     lines = []
     if fields:
-        lines += ["| parameter | type | default | |", "|---|---|---|---|"]
+        lines += ["| parameter | default | |", "|---|---|---|"]
     for key, info in fields.items():
         default = "required" if info.is_required() else f"`{info.default}`"
-        cells = (f"`{key}`", _escaped(type_name(info.annotation)), default, _escaped(info.description or ""))
+        name = f"`{key}`<br>{_escaped(type_name(info.annotation))}"
+        cells = (name, default, _escaped(info.description or ""))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"**Source.** {_linked(found.source)}"]
     if deviations := _paragraph(found, "Deviations"):
@@ -172,7 +173,7 @@ def plugin_figures() -> str:
         return "Not measured yet; `docs/benchmarks/plugins.py` runs the comparison.\n"
     parts = []
     for result in json.loads(found.read_text()):
-        sparsity = "2:4" if result["comparison"] == "2to4" else "sparsity 0.7 without positions"
+        sparsity = "sparsity 0.7 without positions" if result["comparison"] == "70" else "2:4"
         windows = "all" if result["windows"] == "all" else f"the first {result['windows']}"
         device = result["environment"]["device"]
         protocol = f"models/base to {sparsity}, {result['calibration']} calibration windows of 1024 tokens"

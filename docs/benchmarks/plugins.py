@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-COMPARISONS = {"2to4": "pruners_2to4", "70": "pruners_70"}
+COMPARISONS = {"2to4": "pruners_2to4", "permuted": "permuted_2to4", "70": "pruners_70"}
 STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds", "params")
 
 

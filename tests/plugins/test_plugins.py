@@ -316,3 +316,69 @@ def test_pcg_repairs_towards_the_dense_weights_after_a_pruner_that_updates(tmp_p
 
 def test_pcg_alone_is_refused_by_layer_name(tmp_path, random_model):
     assert "model.layers.0" in run(tmp_path, random_model, "alps", "{method: pcg}", code=2)
+
+
+# channel permutation
+
+
+def partitions(columns, size):
+    """Every way to split columns into groups."""
+    if not columns:
+        yield []
+        return
+    first, *rest = columns
+    for others in itertools.combinations(rest, size - 1):
+        left = [c for c in rest if c not in others]
+        for tail in partitions(left, size):
+            yield [[first, *others], *tail]
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4)], ids=str)
+def test_the_order_of_channels_is_near_the_best_of_all(pattern):
+    arranged = method("permute").function.__globals__["arranged"]
+    won = possible = 0.0
+    for seed in range(10):
+        score = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)).abs() ** 2
+        score *= 1 + 3 * torch.arange(8).flip(0).div(4, rounding_mode="floor")  # strong channels side by side
+        order, before, after = arranged(score, pattern, 10)
+        keep = pattern.keep(score[:, order])
+        assert float(score[:, order][keep].sum()) == pytest.approx(after, rel=1e-6)
+        assert sorted(order.tolist()) == list(range(8))
+        best = max(
+            sum(float(score[:, group].topk(pattern.n, dim=1).values.sum()) for group in groups)
+            for groups in partitions(list(range(8)), 4)
+        )
+        assert before <= after <= best * (1 + 1e-6)
+        won, possible = won + after - before, possible + best - before
+    assert won > 0.7 * possible
+
+
+def test_permuting_changes_nothing_but_what_a_pattern_keeps(tmp_path, random_model):
+    steps = '{method: permute}, {method: ria, pattern: "2:4"}, {method: pcg}'
+    plain = '{method: ria, pattern: "2:4"}'
+    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 8}}\n  evaluation:")
+    files = ", ".join(str(PLUGINS / f"{name}.py") for name in ("permute", "ria", "alps"))
+    kept = {}
+    for name, chosen in (("permuted", steps), ("plain", plain)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.format(output=tmp_path / name, plugin=files, model=random_model, steps=chosen))
+        result = CliRunner().invoke(main, ["run", str(path)])
+        assert result.exit_code == 0, result.output + str(result.exception)
+        kept[name] = json.loads((tmp_path / name / "report.json").read_text())["steps"]
+    first = kept["permuted"][0]
+    before, after = (first[key]["heldout"]["perplexity"] for key in ("before", "perplexity"))
+    assert after == pytest.approx(before, rel=1e-4)
+    assert first["training"]["permuted"] == 2  # the down projections of two blocks
+    assert first["training"]["kept_score_gain"] > 0.01
+    down = [each["name"].endswith(("down_proj", "gate_proj", "up_proj")) for each in first["layers"]]
+    assert [bool(each["notes"]) for each in first["layers"]] == down
+
+    def error(steps, index):
+        return {each["name"]: each["error"] for each in steps[index]["layers"]}
+
+    permuted, plain_error = error(kept["permuted"], 1), error(kept["plain"], 0)
+    for name in plain_error:
+        if name.endswith("down_proj"):
+            assert permuted[name] < plain_error[name]
+    assert kept["permuted"][2]["violations"] == 0  # and the dense reference of pcg is the permuted one
+    assert max(each["error"] for each in kept["permuted"][2]["layers"]) < 1
