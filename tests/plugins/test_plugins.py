@@ -382,3 +382,15 @@ def test_permuting_changes_nothing_but_what_a_pattern_keeps(tmp_path, random_mod
             assert permuted[name] < plain_error[name]
     assert kept["permuted"][2]["violations"] == 0  # and the dense reference of pcg is the permuted one
     assert max(each["error"] for each in kept["permuted"][2]["layers"]) < 1
+
+
+def test_after_training_the_dense_reference_is_what_training_left(tmp_path, random_model):
+    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 8}}\n  evaluation:")
+    steps = '{method: ast, pattern: "2:4", tokens: 256, batch: 2, micro_batch: 2}, {method: pcg}'
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.format(output=tmp_path / "run", plugin=PLUGINS / "alps.py", model=random_model, steps=steps))
+    result = CliRunner().invoke(main, ["run", str(path)])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    _, repaired = json.loads((tmp_path / "run" / "report.json").read_text())["steps"]
+    assert max(each["error"] for each in repaired["layers"]) < 1e-9  # nothing to repair: it is its own reference
+    assert repaired["violations"] == 0 and repaired["groups"] > 0
