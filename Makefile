@@ -21,6 +21,7 @@ docs-write: .venv/bin/python  ## write the generated parts of the docs anew
 	$(COG) -r $(PAGES)
 docs-check: .venv/bin/python  ## fail when a generated part is stale
 	$(COG) --check $(PAGES)
-docs: .venv/bin/python  ## build the site into site/
+.venv/bin/zensical: .venv/bin/python
 	.venv/bin/pip install -q -c constraints.txt -e '.[docs]'
+docs: .venv/bin/zensical  ## build the site into site/
 	.venv/bin/zensical build --strict

@@ -155,14 +155,13 @@ def pages() -> Iterator[Path]:
             yield path
 
 
-def _table(result: dict[str, Any]) -> str:
-    """As the benchmark's own script prints it."""
+def _benchmark() -> Any:
+    """The script of the comparison, which knows how to read its results."""
     spec = importlib.util.spec_from_file_location("plugins_benchmark", ROOT / "docs/benchmarks/plugins.py")
     assert spec is not None and spec.loader is not None  # it is a Python file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: str = module.table(result)
-    return found
+    return module
 
 
 def plugin_figures() -> str:
@@ -178,5 +177,15 @@ def plugin_figures() -> str:
         device = result["environment"]["device"]
         protocol = f"models/base to {sparsity}, {result['calibration']} calibration windows of 1024 tokens"
         recipe = f"`recipes/plugins/{result['recipe']}.yaml`"
-        parts.append(f"{protocol}, {windows} windows of the valid text, on {device}; {recipe}.\n\n{_table(result)}\n")
+        table = _benchmark().table(result)
+        parts.append(f"{protocol}, {windows} windows of the valid text, on {device}; {recipe}.\n\n{table}\n")
+        parts.append(_better(result))
     return "\n".join(parts)
+
+
+def _better(result: dict[str, Any]) -> str:
+    """The arms whose interval lies below SparseGPT, in a sentence."""
+    changes = sorted(_benchmark().against_sparsegpt(result).items(), key=lambda item: item[1].value)
+    certain = [(name, change) for name, change in changes if change.high is not None and change.high < 0]
+    better = [f"`{name}` ({change.value:+.1%})" for name, change in certain]
+    return f"Better than SparseGPT here, with the whole 95 % interval: {', '.join(better) or 'none'}.\n"

@@ -104,7 +104,7 @@ def anchors(path: Path) -> set[str]:
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "zensical.toml").read_text()
     for path in sorted((ROOT / "docs").rglob("*.md")):
-        assert f'"{path.relative_to(ROOT / "docs")}"' in text, path
+        assert f'"{path.relative_to(ROOT / "docs")}"' in text, f"add {path.name} to nav in zensical.toml"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -18,9 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsekit.paired import Change, perplexity_change
+
 ROOT = Path(__file__).parents[2]
 COMPARISONS = {"2to4": "pruners_2to4", "permuted": "permuted_2to4", "70": "pruners_70"}
-STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds", "params")
+STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds")
 
 
 def compared(name: str, runs: Path, windows: int | None) -> dict[str, Any]:
@@ -36,22 +38,30 @@ def compared(name: str, runs: Path, windows: int | None) -> dict[str, Any]:
         report = json.loads(path.read_text())
         steps = [{key: step[key] for key in STEP_KEPT if key in step} for step in report["steps"]]
         arms.append({"arm": report["name"], "dense": report["dense"], "final": report["final"], "steps": steps})
-        about = {"environment": report["environment"], "model": report["model"]}
+        about = {"environment": report["environment"], "model": report["model"]["digest"]}
     counts = {"calibration": windows or 128, "windows": windows or "all"}
     return {"comparison": name, "recipe": COMPARISONS[name], **counts, **about, "arms": arms}
 
 
+def against_sparsegpt(result: dict[str, Any]) -> dict[str, Change]:
+    """Change of every arm's perplexity from SparseGPT's, paired over windows."""
+    scores = {arm["arm"]: arm["final"]["valid"] for arm in result["arms"]}
+    return {name: perplexity_change(scores["sparsegpt"], score) for name, score in scores.items()}
+
+
 def table(result: dict[str, Any]) -> str:
-    """One row for each arm, the best perplexity first, and how far from SparseGPT it is."""
+    """One row for each arm, the best perplexity first, and how far from SparseGPT it is, with the 95 % interval."""
     arms = sorted(result["arms"], key=lambda arm: arm["final"]["valid"]["perplexity"])
-    base = next(arm for arm in arms if arm["arm"].endswith("sparsegpt"))["final"]["valid"]["perplexity"]
+    changes = against_sparsegpt(result)
     lines = ["| arm | valid | against SparseGPT | sparsity | broken groups | seconds |", "|---|---|---|---|---|---|"]
     lines.append(f"| dense | {arms[0]['dense']['valid']['perplexity']:.2f} | | 0 | | |")
     for arm in arms:
         score, last = arm["final"]["valid"]["perplexity"], arm["steps"][-1]
         seconds = sum(step["seconds"] for step in arm["steps"])
         broken = f"{last['violations']} of {last['groups']:,}" if last["groups"] else ""
-        against = f"{score / base - 1:+.1%}"
+        change = changes[arm["arm"]]
+        interval = "" if change.low is None or change.high is None else f" [{change.low:+.1%}, {change.high:+.1%}]"
+        against = f"{change.value:+.1%}{interval}" if change.value else ""
         lines.append(f"| {arm['arm']} | {score:.2f} | {against} | {last['sparsity']:.3f} | {broken} | {seconds:.1f} |")
     return "\n".join(lines)
 
