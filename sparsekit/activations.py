@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.model import Call, ModelView
+from sparsekit.onepass import CalledAgain, one_pass
 from sparsekit.stats import Statistic
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # enough to fill the unit, little enough for its memory
 DEVICE_SHARE = 0.25  # of the free device memory that the activation buffer may take; beyond it stays on the host
+WAITING_SHARE = 0.5  # of the free device memory, or of the host's, that waiting micro-batches may take
+WAITING_WIDTHS = 6  # block widths a token holds at most while it waits: residual, norm, query, key, value, output
 
 
 @dataclass(slots=True)
@@ -25,12 +30,14 @@ class Activations:
             a quarter of its free memory, else on the host.
         calls: What else each block is called with, by micro-batch size.
         micro_batch: Windows a forward takes.
+        block: Index of the block they enter.
     """
 
     view: ModelView
     hidden: Tensor
     calls: dict[int, list[Call]]
     micro_batch: int
+    block: int = 0
 
     @classmethod
     def begin(cls, view: ModelView, tokens: Tensor) -> Activations:
@@ -61,12 +68,21 @@ class Activations:
         """The first micro-batch entering a block, to look at the block's structure."""
         return self._enter(index, next(self._batches()))
 
-    def collect(self, index: int, groups: Sequence[Sequence[str]], kind: type[Statistic]) -> list[Statistic]:
-        """Run the resident block on every window and accumulate one statistic for each group."""
+    def collect(
+        self, index: int, groups: Sequence[Sequence[str]], kind: type[Statistic], *, finite: bool = False
+    ) -> list[Statistic]:
+        """Run the resident block on every window and accumulate one statistic for each group.
+
+        Args:
+            index: Of the block.
+            groups: Names of linears that share an input.
+            kind: Of the statistic.
+            finite: Leave tokens out that have an inf or NaN among their activations.
+        """
         linears = self.view.linears(index)
         statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
         handles = [
-            linears[group[0]].register_forward_pre_hook(_feeder(statistic))
+            linears[group[0]].register_forward_pre_hook(_feeder(statistic, finite=finite))
             for group, statistic in zip(groups, statistics, strict=True)
         ]
         try:
@@ -78,15 +94,68 @@ class Activations:
         return statistics
 
     def advance(self, index: int) -> None:
-        """Replace the buffer by what the resident block makes of it."""
+        """Replace the buffer by what the resident block makes of it, unless `advance_settling` has done so."""
+        if self.block > index:
+            return
         for part in self._batches():
-            self.hidden[part] = self.view.run_block(index, *self._enter(index, part)).to(self.hidden.device)
+            self.hidden[part] = self._left(index, part)
+        self.block = index + 1
+
+    def advance_settling(
+        self,
+        index: int,
+        groups: Sequence[Sequence[str]],
+        kind: type[Statistic],
+        settle: Callable[[int, Statistic], None],
+    ) -> bool:
+        """Advance through the resident block in one forward that stops at each group until it is settled.
+
+        Args:
+            index: The block.
+            groups: Linears that share an input, in call order.
+            kind: What to accumulate for each group.
+            settle: Takes a group's index and statistic and changes the group's weights in place.
+        Returns:
+            False if that cannot be done, as what waits would not fit the memory or a linear is called
+            again after its group was settled: the buffer is as it was, weights may have been changed.
+        """
+        linears = self.view.linears(index)
+        if self._waiting(max(linears[group[0]].in_features for group in groups)) > WAITING_SHARE * _free(
+            self.view.device
+        ):
+            return False
+        statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
+        feeders = [_feeder(statistic) for statistic in statistics]
+        batches = list(self._batches())
+        try:
+            outputs = one_pass(
+                [partial(self._left, index, part) for part in batches],
+                [linears[group[0]] for group in groups],
+                lambda group, x: feeders[group](linears[groups[group][0]], (x,)),
+                lambda group: settle(group, statistics[group]),
+            )
+        except CalledAgain:
+            return False
+        for part, output in zip(batches, outputs, strict=True):
+            self.hidden[part] = output
+        self.block = index + 1
+        return True
+
+    def _left(self, index: int, part: slice) -> Tensor:
+        """What the resident block makes of a micro-batch, where the buffer is."""
+        return self.view.run_block(index, *self._enter(index, part)).to(self.hidden.device)
+
+    def _waiting(self, widest: int) -> int:
+        """Bytes of the tensors that all tokens hold while they wait for a group, at most."""
+        samples, length, width = self.hidden.shape
+        return samples * length * (WAITING_WIDTHS * width + widest) * self.hidden.element_size()
 
 
-def _feeder(statistic: Statistic) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _feeder(statistic: Statistic, *, finite: bool = False) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (x,) = arguments
-        statistic.update(x.detach().reshape(-1, x.shape[-1]))
+        rows = x.detach().reshape(-1, x.shape[-1])
+        statistic.update(rows[torch.isfinite(rows).all(-1)] if finite else rows)
 
     return feed
 
@@ -95,6 +164,13 @@ def _home(shape: tuple[int, int, int], like: Tensor) -> torch.device:
     """Where a buffer of that shape is kept."""
     if like.device.type != "cuda":
         return like.device
-    free, _ = torch.cuda.mem_get_info(like.device)
     size = shape[0] * shape[1] * shape[2] * like.element_size()
-    return like.device if size < DEVICE_SHARE * free else torch.device("cpu")
+    return like.device if size < DEVICE_SHARE * _free(like.device) else torch.device("cpu")
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of device memory that are free; of a host's memory all."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
