@@ -12,6 +12,7 @@ from sparsekit.activations import Activations
 from sparsekit.allocate import Allocate, Measured, checked
 from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
 from sparsekit.errors import MethodError
+from sparsekit.ladder import check_finite
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.stats import Statistic
@@ -83,6 +84,7 @@ class Allotment:
                 if stream is not None and kind is not None:
                     groups = self.view.groups(index, *stream.sample(index))
                     statistics = stream.collect(index, groups, kind)
+                    check_finite(groups, statistics)
                 for number, (group, statistic) in enumerate(zip(groups, statistics, strict=True)):
                     for name in group:
                         if name in self.selected:

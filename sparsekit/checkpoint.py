@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sparsekit.errors import CheckpointError
+from sparsekit.errors import CheckpointError, NumericsError
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 
@@ -137,15 +137,19 @@ def unpack_mask(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def block_tensors(block: BlockState, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Flatten a block for a safetensors file; values are stored in the model's `dtype`."""
-    tensors: dict[str, Tensor] = {f"param/{name}": value.to(dtype) for name, value in block.params.items()}
+    """Flatten a block for a safetensors file; values are stored in the model's `dtype`.
+
+    Raises:
+        NumericsError: A value is too large for it.
+    """
+    tensors: dict[str, Tensor] = {f"param/{name}": fitting(name, value, dtype) for name, value in block.params.items()}
     about: dict[str, Any] = {}
     for name, state in block.linears.items():
         about[name] = {"shape": list(state.source.shape), "notes": list(state.notes)}
         if state.mask is not None:
             tensors[f"mask/{name}"] = pack_mask(state.mask)
         if state.quantized is None:
-            tensors[f"source/{name}"] = state.source.to(dtype)
+            tensors[f"source/{name}"] = fitting(name, state.source, dtype)
         else:
             quantized = state.quantized
             about[name]["quantized"] = {
@@ -154,6 +158,19 @@ def block_tensors(block: BlockState, dtype: torch.dtype) -> tuple[dict[str, Tens
             for key in ("codes", "scale", "zero", "group_of"):
                 tensors[f"{key}/{name}"] = getattr(quantized, key)
     return tensors, {"linears": json.dumps(about)}
+
+
+def fitting(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        NumericsError: A value is inf or NaN there.
+    """
+    stored = value.to(dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(stored).all()):  # bfloat16 reaches as far as float32
+        largest = float(value.abs().max())
+        raise NumericsError(f"values up to {largest:g} do not fit float16; store another model: dtype", layer=name)
+    return stored
 
 
 def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> BlockState:

@@ -60,6 +60,7 @@ class Terminal:
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("  {task.description}"),
+                TextColumn("{task.fields[remark]}"),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
@@ -67,12 +68,17 @@ class Terminal:
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task(title, total=None)
+            self._task = self._bar.add_task(title, total=None, remark="")
 
     def progress(self, done: int, total: int) -> None:
         """Move the bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
+
+    def noted(self, text: str) -> None:
+        """Show it beside the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, remark=text)
 
     def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
         """Print one line of result."""
@@ -106,6 +112,8 @@ def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
         if agreed := score.get("agreement"):
             parts.append(f"KL {agreed['kl']:.3g}, top-1 {agreed['top1']:.1%} as dense")
     parts.append("done before" if cached else duration(summary["seconds"]))
+    if used := summary.get("numerics"):
+        parts.append("numerics: " + ", ".join(f"{rung} {count}" for rung, count in used.items()))
     if summary["notes"]:
         parts.append(f"{len(summary['notes'])} notes in the report")
     return "  ".join(parts)

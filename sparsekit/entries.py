@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from sparsekit.errors import nearest
 from sparsekit.formats import FORMATS
+from sparsekit.ladder import Rung
 from sparsekit.units import Count, Fraction
 
 BUILT_IN_TEXTS = ("calibration", "heldout", "train")
@@ -94,6 +95,16 @@ class Texts(BaseModel):
     calibration: TextEntry | None = None
     train: TextEntry | None = None
     evaluation: dict[FileName, TextEntry] = Field(default_factory=dict)
+
+
+class Numerics(BaseModel):
+    """How far a step may go where arithmetic fails; every rung is noted and counted."""
+
+    model_config = STRICT
+
+    max_rung: Rung = Field(
+        "damping", description="none, damping, tokens, columns or diagonal; see `sparsekit.ladder`."
+    )
 
 
 class Redo(BaseModel):

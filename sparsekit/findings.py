@@ -117,3 +117,13 @@ def memory_notes(steps: Sequence[Record]) -> list[str]:
         )
     notes.append("Time: of the last start of the step; work done before an interruption is not in it.")
     return notes
+
+
+def numerics_notes(steps: Sequence[Record]) -> list[str]:
+    """On how many layers of each step which rung of the numerics ladder was needed."""
+    notes = []
+    for step in steps:
+        if used := step.get("numerics"):
+            told = ", ".join(f"{rung} on {count:,} of {len(step['layers']):,} layers" for rung, count in used.items())
+            notes.append(f"Numerics of step {step['index'] + 1}, {step['method']}: {told}.")
+    return notes

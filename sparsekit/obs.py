@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsekit.errors import MethodError, NumericsError
 from sparsekit.kernels import Kernels
 from sparsekit.kernels.oneshot import WIDEST, Settle, settle_kernel
+from sparsekit.ladder import damping_note, dead_note
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid
 from sparsekit.solve import propagate, solve_block, spans
@@ -50,9 +51,9 @@ def prepared(layer: LinearState, gram: Gram, damp: float, order: Tensor | None) 
         raise NumericsError("weights are not finite (inf or NaN)", layer=layer.name)
     factor, used = gram.inverse_factor(damp, order)
     if used > damp:
-        layer = layer.noted(f"damping raised from {damp:g} to {used:g}: the Gram matrix was not positive definite")
+        layer = layer.noted(damping_note(damp, used))
     if dead := int(gram.dead.sum()):
-        layer = layer.noted(f"{dead} of {len(gram.dead)} inputs were 0 on every token; their weights are set to 0")
+        layer = layer.noted(dead_note(dead, len(gram.dead)))
     return replace(layer, source=layer.source.masked_fill(gram.dead, 0.0)), factor
 
 

@@ -125,7 +125,7 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     linears = {name: module for index in range(len(view.blocks)) for name, module in view.linears(index).items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     digest = model_digest(view.path) if digest is None else digest
-    upstream = _digest([digest, str(view.dtype), str(view.compute_dtype), view.device.type])
+    upstream = _digest([digest, str(view.dtype), str(view.compute_dtype), view.device.type, recipe.numerics.max_rung])
     steps: list[PlannedStep] = []
     patterns: dict[str, Pattern] = {}
     for index, step in enumerate(recipe.steps):

@@ -15,7 +15,18 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from sparsekit.complaints import complain
-from sparsekit.entries import STRICT, Exports, FileName, Measurements, ModelEntry, Seed, Text, TextEntry, Texts
+from sparsekit.entries import (
+    STRICT,
+    Exports,
+    FileName,
+    Measurements,
+    ModelEntry,
+    Numerics,
+    Seed,
+    Text,
+    TextEntry,
+    Texts,
+)
 from sparsekit.errors import PluginError, RecipeError, nearest
 from sparsekit.formats import FORMATS
 from sparsekit.registry import METHODS
@@ -43,6 +54,7 @@ class Recipe(BaseModel):
     )
     model: ModelEntry
     data: Texts = Field(default_factory=Texts)
+    numerics: Numerics = Field(default_factory=Numerics)
     steps: list[Step] = Field(description="In order; an empty list measures and exports the model as it is.")
     evaluate: Measurements = Field(default_factory=Measurements)
     export: Exports = Field(default_factory=Exports)

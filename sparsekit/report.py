@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsekit.charts import curve_charts, error_map
 from sparsekit.checkpoint import write_json, write_text
-from sparsekit.findings import headline, memory_notes, no_gains, protocols
+from sparsekit.findings import headline, memory_notes, no_gains, numerics_notes, protocols
 from sparsekit.numerals import JOINED
 from sparsekit.tables import (
     Table,
@@ -93,7 +93,7 @@ def view(report: Record) -> dict[str, Any]:
         "gates": gates,
         "failed": [gate for gate in gates if not gate["passed"]],
         "steps_table": step_table(report),
-        "memory_notes": memory_notes(report["steps"]),
+        "memory_notes": [*memory_notes(report["steps"]), *numerics_notes(report["steps"])],
         "perplexity_table": perplexity_table(report) if report["dense"] else None,
         "agreement": any((final or {}).get("agreement") for final in report["final"].values()),
         "protocols": protocols(report),

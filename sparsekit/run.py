@@ -28,6 +28,7 @@ from sparsekit.entries import Redo
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
+from sparsekit.ladder import Ladder, counted
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.peak import peak_since, start_peak
@@ -214,6 +215,7 @@ class Run:
                 reference=chain.reference,
                 allotted=allotted,
                 overrides=planned.overrides,
+                ladder=Ladder(self.recipe.numerics.max_rung),
             ).run()
         used = {} if tokens is None else {"calibration_tokens": tokens.numel()}
         allocation = {name: pattern.sparsity for name, pattern in allotted.items()}
@@ -405,6 +407,7 @@ def summarise(
         "violations": sum(layer["violations"] for layer in layers),
         "error": sum(layer["error"] for layer in layers) / len(layers) if layers else 0.0,
         "error_of": layers[0]["error_of"] if layers else "weights",
+        "numerics": counted(layers),
         "before": dict(before),
         "perplexity": dict(after),
         "notes": [f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]],

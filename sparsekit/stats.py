@@ -62,6 +62,24 @@ class InputNorm:
         """Root mean square of each channel, float32 [in]: ||x_j|| / sqrt(tokens)."""
         return (self.squares / max(self.tokens, 1)).sqrt()
 
+    @property
+    def broken(self) -> Tensor:
+        """Channels whose sum is inf or NaN, bool [in]."""
+        return ~torch.isfinite(self.squares)
+
+    def without(self, inputs: Tensor) -> InputNorm:
+        """The same with the channels bool [in] as large as the largest of the others."""
+        other = InputNorm(len(self.squares), self.squares.device)
+        other.tokens, other.squares = self.tokens, _levelled(self.squares, inputs)
+        return other
+
+    def diagonal(self) -> InputNorm:
+        """The same, or every channel of size 1 when none is finite: a norm knows no correlations."""
+        other = InputNorm(len(self.squares), self.squares.device)
+        other.tokens = self.tokens
+        other.squares = torch.full_like(self.squares, self.tokens) if bool(self.broken.all()) else self.squares.clone()
+        return other
+
 
 class Gram:
     """Sum of x xᵀ over tokens, and what is derived from it.
@@ -75,6 +93,7 @@ class Gram:
         self.tokens = 0
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.ladder: tuple[int, ...] = DAMP_LADDER  # multiples of the asked damping that may be used
         self._factors: dict[tuple[float, tuple[int, ...] | None], tuple[Tensor, float]] = {}
 
     @classmethod
@@ -118,6 +137,32 @@ class Gram:
         """Channels that were zero on every token, bool [in]."""
         return self.sum.diagonal() == 0
 
+    @property
+    def broken(self) -> Tensor:
+        """Channels whose mean square is inf or NaN, bool [in]; every entry that is not finite is in one's row."""
+        return ~torch.isfinite(self.sum.diagonal())
+
+    def without(self, inputs: Tensor) -> Gram:
+        """The same with the channels bool [in] uncorrelated and as large as the largest of the others."""
+        other = Gram(len(self.sum), self.sum.device)
+        other.tokens, other.ladder = self.tokens, self.ladder
+        other.sum = self.sum.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
+        other.sum.diagonal().copy_(_levelled(self.sum.diagonal(), inputs))
+        other.absolute = _levelled(self.absolute, inputs)
+        return other
+
+    def diagonal(self) -> Gram:
+        """The same without its correlations; the unit matrix when no channel is finite."""
+        other = Gram(len(self.sum), self.sum.device)
+        other.tokens, other.ladder = self.tokens, self.ladder
+        if bool(self.broken.all()):
+            other.sum.fill_diagonal_(self.tokens)
+            other.absolute.fill_(self.tokens)
+        else:
+            other.sum.diagonal().copy_(self.sum.diagonal().clamp(min=0))
+            other.absolute = self.absolute.clone()
+        return other
+
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
         """Upper Cholesky factor U of the inverse of the damped Gram matrix, (H + damp·mean(diag H)·I)⁻¹ = UᵀU.
 
@@ -150,7 +195,7 @@ class Gram:
         matrix.diagonal()[self.dead] = 1.0
         if order is not None:
             matrix = matrix[order][:, order]
-        for rung in DAMP_LADDER:
+        for rung in self.ladder:
             # an undamped singular matrix still needs a rung to climb
             used = damp if rung == 1 else max(damp, 1e-4) * rung
             ridge = torch.full_like(matrix.diagonal(), float(used * mean)).diag_embed()
@@ -160,3 +205,9 @@ class Gram:
                 inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
                 return inverse.flip(0, 1).float().contiguous(), float(used)
         raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+
+
+def _levelled(values: Tensor, inputs: Tensor) -> Tensor:
+    """Values [in] with those of the chosen inputs replaced by the largest of the others."""
+    largest = values.masked_fill(inputs, 0.0).max()
+    return torch.where(inputs, largest, values)

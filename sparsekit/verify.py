@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import MethodError, PatternError
+from sparsekit.ladder import rungs_of
 from sparsekit.pattern import Pattern
 from sparsekit.registry import Kind
 from sparsekit.state import LinearState
@@ -32,6 +33,7 @@ class LayerRecord:
         bits: Bits of a code, None when the layer is not quantized.
         seconds: Time the method took on this layer.
         notes: What went out of the ordinary.
+        rungs: Rungs of the numerics ladder that this step needed on it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerRecord:
     bits: int | None
     seconds: float
     notes: tuple[str, ...]
+    rungs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -98,6 +101,7 @@ def verified(
         bits=after.quantized.bits if after.quantized else None,
         seconds=seconds,
         notes=after.notes,
+        rungs=rungs_of(after.notes[len(before.notes) :]),
     )
 
 

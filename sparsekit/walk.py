@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from sparsekit.activations import Activations
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.groups import Producer
+from sparsekit.ladder import UNREACHED, Ladder
 from sparsekit.model import ModelView
+from sparsekit.onepass import CalledAgain
 from sparsekit.pattern import Pattern
 from sparsekit.quant import QuantizedWeight
 from sparsekit.registry import Method
@@ -28,7 +31,6 @@ from sparsekit.stats import Statistic
 from sparsekit.verify import LayerRecord, verified
 
 HOST = torch.device("cpu")
-UNREACHED = "no calibration token reached it; its inputs were taken as uncorrelated"
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Walk:
         reference: A block before anything pruned it, for a method that asks for dense values.
         allotted: The pattern a layer gets in place of the argument, by an allocation method.
         overrides: Arguments of single layers in place of the step's; one member decides for its group.
+        ladder: What may be done where arithmetic fails.
     """
 
     view: ModelView
@@ -64,6 +67,8 @@ class Walk:
     reference: Callable[[int], BlockState] | None = None
     allotted: Mapping[str, Pattern] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ladder: Ladder = field(default_factory=Ladder)
+    _mended: dict[str, tuple[str, ...]] = field(default_factory=dict)  # notes by layer
     _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self) -> None:
@@ -113,7 +118,7 @@ class Walk:
                 return self._groups_backwards(index, block, groups, stream)
             if self.schedule == "group":
                 return self._groups_in_order(index, block, groups, stream)
-            statistics = stream.collect(index, groups, self._kind)
+            statistics = self._collected(index, groups, stream)
         for group, statistic in zip(groups, statistics, strict=True):
             block = self._each(block, [name for name in group if name in self.selected], statistic)
         return block
@@ -123,23 +128,52 @@ class Walk:
         assert self.method.stats is not None  # only called with calibration
         return self.method.stats
 
+    def _collected(self, index: int, groups: Sequence[Sequence[str]], stream: Activations) -> list[Statistic]:
+        """One statistic for each group, finite by itself or with the help of the ladder."""
+        return [
+            self._finite(group, statistic, lambda g=group: stream.collect(index, [g], self._kind, finite=True)[0])  # type: ignore[misc]
+            for group, statistic in zip(groups, stream.collect(index, groups, self._kind), strict=True)
+        ]
+
+    def _finite(self, group: Sequence[str], statistic: Statistic, again: Callable[[], Statistic]) -> Statistic:
+        """A statistic as the ladder leaves it; what was done is noted on the group's layers later."""
+        with _naming(", ".join(group)):
+            statistic, notes = self.ladder.mend(statistic, again)
+        self._mended |= dict.fromkeys(group, notes)
+        return statistic
+
     def _groups_in_order(
         self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
     ) -> BlockState:
-        for group in groups:
-            chosen = [name for name in group if name in self.selected]
-            if chosen:
-                (statistic,) = stream.collect(index, [group], self._kind)
-                block = self._each(block, chosen, statistic)
-                self.view.materialise(index, block)
-        return block
+        """Each group on what the groups before it have become: in one forward, or one for each group."""
+        groups = [group for group in groups if not self.selected.isdisjoint(group)]
+        result = block
+
+        def settle(number: int, statistic: Statistic) -> None:
+            nonlocal result
+            chosen = [name for name in groups[number] if name in self.selected]
+            result = self._each(result, chosen, statistic)
+            self.view.materialise(index, BlockState({name: result.linears[name] for name in chosen}))
+
+        def mend_and_settle(number: int, found: Statistic) -> None:
+            settle(number, self._finite(groups[number], found, _one_look))
+
+        if stream.advance_settling(index, groups, self._kind, mend_and_settle):
+            return result
+        self._records.clear()
+        self.view.materialise(index, block)
+        result = block
+        for number, group in enumerate(groups):
+            (statistic,) = self._collected(index, [group], stream)
+            settle(number, statistic)
+        return result
 
     def _groups_backwards(
         self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
     ) -> BlockState:
         """Last group first, so that a scale always folds into a producer that is not quantized yet."""
         producers = self.view.producers(index, groups, *stream.sample(index))
-        statistics = stream.collect(index, groups, self._kind)
+        statistics = self._collected(index, groups, stream)
         for names, producer, statistic in reversed(list(zip(groups, producers, statistics, strict=True))):
             chosen = [name for name in names if name in self.selected]
             if chosen:
@@ -169,7 +203,15 @@ class Walk:
             width = next(iter(given.linears.values())) if isinstance(given, Group) else given
             statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
             given = _noted(given, UNREACHED)
-        return self.method.function(given, statistic, **arguments)
+        given = self._with_mends(given)
+        call = partial(self.method.function, **arguments)
+        return self.ladder.apply(call, given, partial(_noted, given), statistic)
+
+    def _with_mends(self, given: LinearState | Group) -> LinearState | Group:
+        """The state with the notes of its statistic."""
+        if isinstance(given, LinearState):
+            return given.noted(*self._mended.get(given.name, ()))
+        return given.with_linears({n: s.noted(*self._mended.get(n, ())) for n, s in given.linears.items()})
 
     def _group(
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
@@ -232,6 +274,11 @@ def _naming(layer: str) -> Iterator[None]:
         raise
 
 
+def _one_look() -> Statistic:
+    """In the forward that stops at each group no token passes twice; the ladder needs one forward for each."""
+    raise CalledAgain
+
+
 def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
     if isinstance(given, Group):
         return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
@@ -248,4 +295,5 @@ def _on(state: LinearState, device: torch.device) -> LinearState:
         )
     mask = None if state.mask is None else state.mask.to(device)
     dense = None if state.dense is None else state.dense.to(device)
-    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense)
+    branch = None if state.branch is None else state.branch.to(device)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense, branch=branch)
