@@ -295,5 +295,4 @@ def _on(state: LinearState, device: torch.device) -> LinearState:
         )
     mask = None if state.mask is None else state.mask.to(device)
     dense = None if state.dense is None else state.dense.to(device)
-    branch = None if state.branch is None else state.branch.to(device)
-    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense, branch=branch)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense)
