@@ -20,7 +20,6 @@ arXiv:2210.17323, Alg. 1.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,58 +27,38 @@ from torch import Tensor
 
 from sparsekit.errors import MethodError, NumericsError
 from sparsekit.kernels import Kernels
-from sparsekit.kernels.oneshot import WIDEST, Settle, settle_kernel
+from sparsekit.kernels.oneshot import settle_kernel
 from sparsekit.ladder import damping_note, dead_note
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid
-from sparsekit.solve import propagate, solve_block, spans
+from sparsekit.quant import Grid, Rounding
+from sparsekit.solve import spans
 from sparsekit.state import LinearState
-from sparsekit.stats import Gram
+from sparsekit.stats import Gram, Root
+from sparsekit.work import Work, kept
 
 BLOCK = 128  # columns between two updates of all columns to come: both papers' value
 
 
-def prepared(layer: LinearState, gram: Gram, damp: float, order: Tensor | None) -> tuple[LinearState, Tensor]:
-    """The layer with the weights of dead inputs zeroed, and its factor U, rows and columns in `order`.
+def prepared(
+    layer: LinearState, gram: Gram, damp: float, order: Tensor | None, *, inverse: bool = False
+) -> tuple[LinearState, Tensor | Root]:
+    """The layer with the weights of dead inputs zeroed, and its factor, rows and columns in `order`.
 
-    Dead inputs, and a damping that had to be raised, are noted on the layer.
+    The factor is U on a CPU, and on CUDA the root, which costs a quarter there, unless the `inverse`
+    is asked for. Dead inputs, and a damping that had to be raised, are noted on the layer.
 
     Raises:
         NumericsError: Weights or activations are not finite, or no damping of the ladder helps.
     """
     if not torch.isfinite(layer.source).all():
         raise NumericsError("weights are not finite (inf or NaN)", layer=layer.name)
-    factor, used = gram.inverse_factor(damp, order)
+    rooted = layer.source.is_cuda and not inverse
+    factor, used = gram.root(damp, order) if rooted else gram.inverse_factor(damp, order)
     if used > damp:
         layer = layer.noted(damping_note(damp, used))
     if dead := int(gram.dead.sum()):
         layer = layer.noted(dead_note(dead, len(gram.dead)))
     return replace(layer, source=layer.source.masked_fill(gram.dead, 0.0)), factor
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How kept weights are put on integer grids.
-
-    Attributes:
-        bits: Bits of a code.
-        group_size: Columns that share a grid; must divide the row.
-        symmetric: See `Grid.fit`.
-        mse: See `Grid.fit`.
-        static: Fit every grid before the sweep, on the given weights and groups in natural order.
-            Otherwise a grid is fitted when the sweep reaches its group, on the weights as they are
-            then, and groups are runs of columns in sweep order.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool = True
-    mse: bool = False
-    static: bool = False
-
-    def fit(self, weight: Tensor) -> Grid:
-        """One grid for each leading index of a weight [..., group]."""
-        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +84,7 @@ class Swept:
 
 def sweep(
     weight: Tensor,
-    factor: Tensor,
+    factor: Tensor | Root,
     *,
     order: Tensor | None = None,
     pattern: Pattern | None = None,
@@ -118,7 +97,7 @@ def sweep(
 
     Args:
         weight: [out, in], float32. Not modified.
-        factor: U of the damped Gram matrix, [in, in], rows and columns in sweep order.
+        factor: U of the damped Gram matrix, [in, in], or its root, rows and columns in sweep order.
         order: Permutation of the columns, int64 [in]: the sweep takes order[0] first. Under an N:M
             pattern it must move whole groups of M. None is the natural order.
         pattern: Choose the mask on the way. N:M: group by group, on the weights as they are when
@@ -135,20 +114,23 @@ def sweep(
     _check(weight.shape[1], pattern, mask, rounding)
     nm = pattern if pattern and pattern.structured else None
     live = rounding if rounding and not rounding.static else None  # grids are fitted on the way
+    if live and isinstance(factor, Root) and block < live.group_size < weight.shape[1]:
+        raise MethodError(f"groups of {live.group_size} are longer than a block and need U, not the root")
     work = _begin(weight, factor, order, pattern, mask, rounding)
-    if settle := settle_kernel(kernels, work.weight, nm):
-        work.settle, work.factor = settle, work.factor.t().contiguous().t()  # the kernel reads it by columns
+    work.settle = settle_kernel(kernels, work.weight, nm)
     step = nm.m if nm else 1
-    for start, stop in spans(0, work.columns, block, live.group_size if live else step, step):
+    blocks = list(spans(0, work.columns, block, live.group_size if live else step, step))
+    work.cut(blocks)
+    for start, stop in blocks:
+        work.enter(start, stop)
         if pattern and not nm:
             work.choose(pattern, start, stop)
         for first, last in spans(start, stop, min(live.group_size, block) if live else block, step, step):
             if live and first % live.group_size == 0:
                 work.fit(live, first, first + live.group_size)
             work.solve(first, last, nm)
-            propagate(work.weight, work.factor, work.error, first, last, stop)
-        propagate(work.weight, work.factor, work.error, start, stop, work.columns)
-    return work.finish(order, rounding)
+        work.leave(start, stop)
+    return _finish(work, order, rounding)
 
 
 def _check(columns: int, pattern: Pattern | None, mask: Tensor | None, rounding: Rounding | None) -> None:
@@ -160,110 +142,14 @@ def _check(columns: int, pattern: Pattern | None, mask: Tensor | None, rounding:
         raise MethodError(f"group_size {rounding.group_size} is no multiple of {pattern.m} (pattern {pattern})")
 
 
-@dataclass(slots=True, eq=False)
-class _Work:
-    """A sweep under way. Columns come first and in sweep order, [in, out], so that each is contiguous.
-
-    Attributes:
-        weight: q in settled columns, w in the others, brought up to date block by block.
-        grid: Scale and zero-point of every entry, [in, out].
-        settle: The kernel, where it runs.
-    """
-
-    weight: Tensor
-    factor: Tensor
-    error: Tensor
-    keep: Tensor | None
-    codes: Tensor | None
-    grid: Grid | None
-    settle: Settle | None = None
-
-    @property
-    def columns(self) -> int:
-        return len(self.weight)
-
-    def choose(self, pattern: Pattern, start: int, stop: int) -> None:
-        """Choose the unstructured mask of a block; the counts of all blocks add up to the exact one."""
-        assert self.keep is not None  # there is a pattern
-        score = (self.weight[start:stop] / self.factor.diagonal()[start:stop].unsqueeze(1)).abs()
-        before, upto = (math.floor(pattern.sparsity * (self.weight.shape[1] * column)) for column in (start, stop))
-        share = (upto - before + 0.5) / score.numel()  # + 0.5: the floor in `keep` gives the count back
-        self.keep[start:stop] = Pattern.unstructured(min(share, 1.0)).keep(score.t(), per="layer").t()
-
-    def fit(self, rounding: Rounding, first: int, last: int) -> None:
-        """Fit the grid of a group on the weights as they are now, without what is known to be pruned."""
-        assert self.grid is not None  # there is a rounding
-        keep = None if self.keep is None else self.keep[first:last]
-        fitted = rounding.fit(_kept(self.weight[first:last], keep).t())
-        self.grid.scale[first:last] = fitted.scale
-        self.grid.zero[first:last] = fitted.zero
-
-    def solve(self, first: int, last: int, pattern: Pattern | None) -> None:
-        """Settle columns that are up to date and whose grids are known."""
-        if self.settle is not None:
-            self._solve_fused(self.settle, first, last, pattern)
-            return
-        here = slice(first, last)
-        solved = solve_block(
-            self.weight[here],
-            self.factor[here, here],
-            keep=None if self.keep is None or pattern else self.keep[here],
-            pattern=pattern,
-            grid=None if self.grid is None else Grid(self.grid.scale[here], self.grid.zero[here], self.grid.bits),
-        )
-        self.weight[here], self.error[here] = solved.weight, solved.error
-        if self.keep is not None and solved.keep is not None:
-            self.keep[here] = solved.keep
-        if self.codes is not None and solved.codes is not None:
-            self.codes[here] = solved.codes
-
-    def _solve_fused(self, settle: Settle, first: int, last: int, pattern: Pattern | None) -> None:
-        """`solve` in place, as many columns a launch as the kernel takes."""
-        step = pattern.m if pattern else 1
-        for start, stop in spans(first, last, WIDEST, step, step):
-            here = slice(start, stop)
-            settle(
-                self.weight[here],
-                self.error[here],
-                self.factor[here, here],
-                keep=None if self.keep is None else self.keep[here],
-                codes=None if self.codes is None else self.codes[here],
-                pattern=pattern,
-                grid=None if self.grid is None else Grid(self.grid.scale[here], self.grid.zero[here], self.grid.bits),
-            )
-            propagate(self.weight, self.factor, self.error, start, stop, last)
-
-    def finish(self, order: Tensor | None, rounding: Rounding | None) -> Swept:
-        """Put the columns back into natural order."""
-        columns = torch.arange(self.columns, device=self.weight.device)
-        place = columns if order is None else torch.argsort(order)  # of each natural column in the sweep
-
-        def natural(tensor: Tensor) -> Tensor:
-            return tensor[place].t().contiguous()
-
-        grid, group_of = None, None
-        if self.grid is not None and rounding is not None:
-            group_of = (columns if rounding.static else place) // rounding.group_size
-            first = (place if rounding.static else columns)[:: rounding.group_size]  # a column of each group
-            grid = Grid(self.grid.scale[first].t(), self.grid.zero[first].t(), rounding.bits)
-        return Swept(
-            weight=natural(self.weight),
-            keep=None if self.keep is None else natural(self.keep),
-            codes=None if self.codes is None else natural(self.codes),
-            grid=grid,
-            group_of=group_of,
-            loss=self.error.square().sum(),
-        )
-
-
 def _begin(
     weight: Tensor,
-    factor: Tensor,
+    factor: Tensor | Root,
     order: Tensor | None,
     pattern: Pattern | None,
     mask: Tensor | None,
     rounding: Rounding | None,
-) -> _Work:
+) -> Work:
     """Turn everything into sweep order."""
     columns = torch.arange(weight.shape[1], device=weight.device)
 
@@ -276,7 +162,7 @@ def _begin(
     grid = None
     if rounding is not None and rounding.static:
         size = rounding.group_size
-        fitted = rounding.fit(_kept(weight, mask).reshape(len(weight), -1, size))  # [out, groups]
+        fitted = rounding.fit(kept(weight, mask).reshape(len(weight), -1, size))  # [out, groups]
         scale, zero = (turned(each.repeat_interleave(size, dim=1)) for each in (fitted.scale, fitted.zero))
         grid = Grid(scale, zero, rounding.bits)
     elif rounding is not None:
@@ -284,8 +170,27 @@ def _begin(
         grid = Grid(blank, blank.clone(), rounding.bits)
     own = turned(weight)
     codes = None if rounding is None else torch.empty_like(own)
-    return _Work(own, factor.to(weight.dtype), torch.empty_like(own), keep, codes, grid)
+    return Work(own, factor.to(weight.dtype), torch.empty_like(own), keep, codes, grid)
 
 
-def _kept(weight: Tensor, keep: Tensor | None) -> Tensor:
-    return weight if keep is None else weight.masked_fill(~keep, 0.0)
+def _finish(work: Work, order: Tensor | None, rounding: Rounding | None) -> Swept:
+    """Put the columns back into natural order."""
+    columns = torch.arange(work.columns, device=work.weight.device)
+    place = columns if order is None else torch.argsort(order)  # of each natural column in the sweep
+
+    def natural(tensor: Tensor) -> Tensor:
+        return tensor[place].t().contiguous()
+
+    grid, group_of = None, None
+    if work.grid is not None and rounding is not None:
+        group_of = (columns if rounding.static else place) // rounding.group_size
+        first = (place if rounding.static else columns)[:: rounding.group_size]  # a column of each group
+        grid = Grid(work.grid.scale[first].t(), work.grid.zero[first].t(), rounding.bits)
+    return Swept(
+        weight=natural(work.weight),
+        keep=None if work.keep is None else natural(work.keep),
+        codes=None if work.codes is None else natural(work.codes),
+        grid=grid,
+        group_of=group_of,
+        loss=work.error.square().sum(),
+    )

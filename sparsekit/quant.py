@@ -110,6 +110,31 @@ def store_scale(step: Tensor) -> Tensor:
     return step.clamp(half.smallest_normal, half.max).half().float()
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How kept weights are put on integer grids.
+
+    Attributes:
+        bits: Bits of a code.
+        group_size: Columns that share a grid; must divide the row.
+        symmetric: See `Grid.fit`.
+        mse: See `Grid.fit`.
+        static: Fit every grid before the sweep, on the given weights and groups in natural order.
+            Otherwise a grid is fitted when the sweep reaches its group, on the weights as they are
+            then, and groups are runs of columns in sweep order.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = True
+    mse: bool = False
+    static: bool = False
+
+    def fit(self, weight: Tensor) -> Grid:
+        """One grid for each leading index of a weight [..., group]."""
+        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight as integers.

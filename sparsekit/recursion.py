@@ -47,7 +47,9 @@ class Recursion:
         gram.diagonal()[dead] = 1
         self.weight[:, dead] = 0
         gram.diagonal().add_(DAMP * gram.diagonal().mean())
-        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return upper
 
     def pruned(self, n: int, m: int) -> Tensor:
         """The weight with n of every m kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import torch
@@ -81,6 +82,36 @@ class InputNorm:
         return other
 
 
+class Root:
+    """The upper root G of a damped Gram matrix, H = G Gᵀ.
+
+    Attributes:
+        matrix: G, float32 [in, in].
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._inverses: dict[tuple[tuple[int, int], ...], dict[int, Tensor]] = {}
+
+    def to(self, dtype: torch.dtype) -> Root:
+        """In another dtype."""
+        return self if self.matrix.dtype == dtype else Root(self.matrix.to(dtype))
+
+    def inverses(self, blocks: Sequence[tuple[int, int]]) -> dict[int, Tensor]:
+        """Inverses of some diagonal blocks by first column, contiguous by columns; those of one size in one call."""
+        key = tuple(blocks)
+        if key not in self._inverses:
+            found: dict[int, Tensor] = {}
+            for size in {stop - start for start, stop in blocks}:
+                starts = [start for start, stop in blocks if stop - start == size]
+                stack = torch.stack([self.matrix[at : at + size, at : at + size] for at in starts]).double()
+                eye = torch.eye(size, dtype=stack.dtype, device=stack.device).expand_as(stack)
+                inverse = torch.linalg.solve_triangular(stack, eye, upper=True).to(self.matrix.dtype)
+                found |= zip(starts, inverse.mT.contiguous().mT, strict=True)
+            self._inverses[key] = found
+        return self._inverses[key]
+
+
 class Gram:
     """Sum of x xᵀ over tokens, and what is derived from it.
 
@@ -94,7 +125,8 @@ class Gram:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.ladder: tuple[int, ...] = DAMP_LADDER  # multiples of the asked damping that may be used
-        self._factors: dict[tuple[float, tuple[int, ...] | None], tuple[Tensor, float]] = {}
+        self._factors: dict[tuple[float, bytes], tuple[Tensor, float]] = {}
+        self._roots: dict[tuple[float, bytes], tuple[Root, float]] = {}
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
@@ -180,12 +212,28 @@ class Gram:
         Source: Frantar et al. 2022, arXiv:2210.17323, Alg. 1; dead channels get a unit diagonal as
             in IST-DASLab/gptq.
         """
-        key = (damp, None if order is None else tuple(order.tolist()))
+        key = (damp, _order_key(order))
         if key not in self._factors:
-            self._factors[key] = self._factor(damp, order)
+            lower, used = self._cholesky(damp, order)
+            eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            self._factors[key] = inverse.flip(0, 1).float().contiguous(), used
         return self._factors[key]
 
-    def _factor(self, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
+    def root(self, damp: float, order: Tensor | None = None) -> tuple[Root, float]:
+        """Upper root G of the damped Gram matrix, H + damp·mean(diag H)·I = G Gᵀ; U is its inverse.
+
+        Arguments, damping and errors as in `inverse_factor`. Computed in float64, which on an H100
+        takes no longer than float32 (17 ms for 11008 inputs); the inverse would take 46 ms more.
+        """
+        key = (damp, _order_key(order))
+        if key not in self._roots:
+            lower, used = self._cholesky(damp, order)
+            self._roots[key] = Root(lower.flip(0, 1).float().contiguous()), used
+        return self._roots[key]
+
+    def _cholesky(self, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
+        """Lower Cholesky factor of the damped matrix with rows and columns reversed, float64, and the damping."""
         if self.tokens == 0:
             raise NumericsError("no calibration token reached this layer")
         if not torch.isfinite(self.sum).all():
@@ -195,16 +243,20 @@ class Gram:
         matrix.diagonal()[self.dead] = 1.0
         if order is not None:
             matrix = matrix[order][:, order]
+        matrix = matrix.flip(0, 1)
+        level = matrix.diagonal().clone()
         for rung in self.ladder:
             # an undamped singular matrix still needs a rung to climb
             used = damp if rung == 1 else max(damp, 1e-4) * rung
-            ridge = torch.full_like(matrix.diagonal(), float(used * mean)).diag_embed()
-            lower, failed = torch.linalg.cholesky_ex((matrix + ridge).flip(0, 1))
+            matrix.diagonal().copy_(level + used * mean)
+            lower, failed = torch.linalg.cholesky_ex(matrix)
             if int(failed) == 0:
-                eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-                inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-                return inverse.flip(0, 1).float().contiguous(), float(used)
+                return lower, float(used)
         raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+
+
+def _order_key(order: Tensor | None) -> bytes:
+    return b"" if order is None else order.cpu().numpy().tobytes()
 
 
 def _levelled(values: Tensor, inputs: Tensor) -> Tensor:

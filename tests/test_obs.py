@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sparsekit.errors import MethodError
-from sparsekit.obs import Rounding, sweep
+from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid
+from sparsekit.quant import Grid, Rounding
 from sparsekit.solve import best
+from sparsekit.stats import Gram, Root
 
 HALF = Pattern.unstructured(0.5)
 INT4 = Rounding(bits=4, group_size=8)
@@ -30,6 +31,11 @@ ANY = {
 def frozen(weight, gram):
     """A mask as Wanda would choose it."""
     return Pattern(2, 4).keep(weight.abs() * gram.diagonal().sqrt())
+
+
+def root_of(gram):
+    """The upper root G of a Gram matrix, G Gᵀ."""
+    return Root(torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1))
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -138,6 +144,45 @@ def test_groups_that_do_not_divide_a_block(group):
     joint = sweep(weight, brute.factor_of(gram), rounding=rounding, pattern=Pattern(2, 4), block=20)
     again = sweep(weight, brute.factor_of(gram), rounding=rounding, pattern=Pattern(2, 4))
     assert torch.equal(joint.codes, again.codes)
+
+
+@pytest.mark.parametrize("kind", ANY)
+@pytest.mark.parametrize("block", [4, 12, 32, 128])
+def test_the_root_does_what_the_factor_of_the_inverse_does(kind, block):
+    weight, gram = brute.problem(rows=5, columns=96, tokens=200)
+    arguments = ANY[kind]
+    rounding = arguments.get("rounding")
+    if rounding and not rounding.static and block < rounding.group_size < 96:
+        block = rounding.group_size
+    expected = sweep(weight, brute.factor_of(gram), block=block, **arguments)
+    found = sweep(weight, root_of(gram), block=block, **arguments)
+    assert torch.allclose(found.weight, expected.weight, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found.loss, expected.loss, rtol=1e-9)
+    for name in ("keep", "codes"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other), name
+
+
+def test_the_root_of_gram_statistics():
+    torch.manual_seed(0)
+    gram = Gram.empty(24, torch.device("cpu"))
+    gram.update(torch.randn(200, 24) @ torch.randn(24, 24))
+    order = torch.randperm(24)
+    for given in (None, order):
+        factor, used = gram.inverse_factor(0.01, given)
+        root, same = gram.root(0.01, given)
+        assert used == same
+        assert torch.allclose(root.matrix @ factor, torch.eye(24), atol=1e-4)
+        assert not root.matrix.tril(-1).any()
+        assert gram.root(0.01, given)[0] is root
+
+
+def test_groups_longer_than_a_block_need_the_inverse():
+    weight, gram = brute.problem(rows=5, columns=96, tokens=200)
+    with pytest.raises(MethodError, match="groups of 48 are longer than a block"):
+        sweep(weight, root_of(gram), block=32, rounding=Rounding(4, 48))
+    sweep(weight, root_of(gram), block=32, rounding=Rounding(4, 96))  # fitted before anything moves
 
 
 @pytest.mark.parametrize("kind", ANY)

@@ -15,10 +15,11 @@ import brute
 from sparsekit.kernels.grids import fit
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.kernels.settle import settle_
-from sparsekit.obs import Rounding, sweep
+from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid
+from sparsekit.quant import Grid, Rounding
 from sparsekit.solve import solve_block
+from sparsekit.stats import Root
 
 PATTERNS = [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2), Pattern(5, 16)]
 
@@ -81,10 +82,13 @@ def test_ties_keep_the_lowest_index():
 def test_a_sweep_with_the_kernel(arguments, monkeypatch):
     weight, gram = brute.problem(rows=5, columns=48, tokens=200)
     weight, factor = weight.float(), brute.factor_of(gram).float()
+    root = Root(torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1).float())
     order = torch.arange(48).reshape(-1, 4).flip(0).flatten()
-    monkeypatch.setattr("sparsekit.obs.WIDEST", 8)  # several launches a block
+    monkeypatch.setattr("sparsekit.work.WIDEST", 8)  # several launches a block
     expected = sweep(weight, factor, order=order, block=20, **arguments)
     found = sweep(weight, factor, order=order, block=20, kernels="triton", **arguments)
+    rooted = sweep(weight, root, order=order, block=20, kernels="triton", **arguments)
+    torch.testing.assert_close(rooted.weight, expected.weight, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
     for name in ("keep", "codes"):

@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from sparsekit.kernels.masks import nm_mask
-from sparsekit.obs import Rounding, sweep
+from sparsekit.obs import BLOCK, sweep
 from sparsekit.pattern import Pattern
+from sparsekit.quant import Rounding
 from sparsekit.recipe import read_recipe
 from sparsekit.recursion import Recursion
 from sparsekit.run import run_recipe
@@ -113,9 +114,9 @@ def solved(rows: int, columns: int, *, beside: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "cholesky_float32": timed(lambda: torch.linalg.cholesky_ex(matrix), 3, 1),
         "cholesky_float64": timed(lambda: torch.linalg.cholesky_ex(matrix.double()), 3, 1),
-        "our_factor": timed(lambda: gram._factor(0.01, None), 3, 1),
+        "our_factor": timed(lambda: rooted(gram), 3, 1),
     }
-    factor = gram.inverse_factor(0.01)[0]
+    factor = gram.root(0.01)[0]
     row |= {
         name: timed(lambda arguments=arguments: sweep(weight, factor, **arguments), 3, 1)
         for name, arguments in SWEEPS.items()
@@ -133,6 +134,14 @@ def solved(rows: int, columns: int, *, beside: bool) -> dict[str, Any]:
         row["error_ratio_int4"] = error(weight, four.weight, gram) / error(weight, theirs, gram)
     row["kernels"] = profiled(lambda: sweep(weight, factor, **SWEEPS["2:4"]))
     return row
+
+
+def rooted(gram: Gram) -> object:
+    """The factor as a method asks for it, with what a sweep derives from it."""
+    gram._roots.clear()
+    root, _ = gram.root(0.01)
+    columns = len(gram.sum)
+    return root.inverses([(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)])
 
 
 def error(weight: Tensor, result: Tensor, gram: Gram) -> float:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from sparsekit import solve
-from sparsekit.obs import Rounding, sweep
+from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
+from sparsekit.quant import Rounding
 from sparsekit.stats import Gram
 
 SHAPES = ((768, 768), (2048, 768))

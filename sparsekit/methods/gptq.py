@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from sparsekit.obs import Rounding, prepared, sweep
-from sparsekit.quant import QuantizedWeight, resolve_group_size
+from sparsekit.obs import BLOCK, prepared, sweep
+from sparsekit.quant import QuantizedWeight, Rounding, resolve_group_size
 from sparsekit.registry import linear_method
 from sparsekit.state import LinearState
 from sparsekit.stats import Gram
@@ -56,7 +56,8 @@ def gptq(
     order = None if act_order == "none" else torch.argsort(gram.sum.diagonal(), descending=True, stable=True)
     size = resolve_group_size(group_size, layer.source.shape[1])
     rounding = Rounding(bits, size, symmetric, mse, static=act_order == "static")
-    layer, factor = prepared(layer, gram, damp, order)
+    long = act_order != "static" and BLOCK < size < layer.source.shape[1]  # a grid reaches beyond the block
+    layer, factor = prepared(layer, gram, damp, order, inverse=long)
     swept = sweep(layer.source, factor, order=order, mask=layer.mask, rounding=rounding)
     assert swept.codes is not None and swept.grid is not None  # there was a rounding
     quantized = QuantizedWeight.of(
