@@ -19,7 +19,7 @@ import click
 
 from sparsekit.cli import main
 from sparsekit.console import type_name
-from sparsekit.entries import Exports, Gates, Measurements, ModelEntry, Tasks, TextEntry
+from sparsekit.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Redo, Tasks, TextEntry
 from sparsekit.recipe import Recipe
 from sparsekit.registry import BUILT_IN, METHODS, Method
 from sparsekit.testing import PROPERTIES
@@ -31,8 +31,10 @@ SECTIONS = {
     "": Recipe,
     "model": ModelEntry,
     "data.calibration, data.train, data.evaluation.NAME": TextEntry,
+    "numerics": Numerics,
     "evaluate": Measurements,
     "evaluate.gates": Gates,
+    "evaluate.gates.redo": Redo,
     "evaluate.lm_eval": Tasks,
     "export": Exports,
 }
