@@ -130,6 +130,24 @@ def compare(
 
 
 @main.command()
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--deploy", is_flag=True, help="Measure bytes, memory and speed on this device, and add the card.")
+@_named_errors
+def report(run_directory: Path, deploy: bool) -> None:
+    """Write the report of a finished RUN again, with a deploy card if asked for."""
+    from rich.console import Console
+
+    from sparsekit.checkpoint import read_json
+    from sparsekit.console import Terminal
+    from sparsekit.deployed import add_card
+    from sparsekit.report import write_report
+
+    terminal = Terminal(Console())
+    found = add_card(run_directory, terminal) if deploy else read_json(run_directory / "report.json")
+    terminal.closed(found, write_report(found, run_directory))
+
+
+@main.command()
 @click.argument("model")
 @click.option("--pattern", help="Count violations of this pattern, as in 2:4; default: what most sparse layers hold.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, layer by layer.")

@@ -17,6 +17,7 @@ from sparsekit.basis import Based, basis, notes, refuse_different
 from sparsekit.checkpoint import RunLock, read_json, remove_temporaries
 from sparsekit.comparison import comparison_of
 from sparsekit.comparison_page import write_comparison
+from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.locate import locate
 from sparsekit.plan import model_digest
@@ -79,6 +80,8 @@ class Comparison:
                 except GateError as error:
                     missed.append(f"{name}: {error}")
                     reports[name] = read_json(run.directory / "report.json")
+                if self.deploy:
+                    reports[name] = add_card(run.directory, self.listener)
             comparison = comparison_of(self.arms.name, reports, self.arms.notes)
             files = write_comparison(comparison, self.directory)
         self.listener.compared(comparison, files)

@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from sparsekit.charts import curve_points, error_map
 from sparsekit.checkpoint import write_json, write_text
-from sparsekit.comparison_tables import cost_table, deploy_table, quality_table, tasks_table
+from sparsekit.comparison_tables import cost_table, quality_table, tasks_table
 from sparsekit.findings import protocols
 from sparsekit.numerals import change, megabytes, perplexity
 from sparsekit.report import environment, finite, markdown_list, markdown_table, plain
 from sparsekit.svg import Axes, Point, Series, line_chart, scatter_chart
-from sparsekit.tables import metrics, pair_table
+from sparsekit.tables import deploy_table, metrics, pair_table
 
 Record = Mapping[str, Any]
 
@@ -57,7 +57,7 @@ def html(comparison: Record) -> str:
 def view(comparison: Record) -> dict[str, Any]:
     """Everything the page shows, worked out."""
     dense, arms = comparison["dense"], comparison["arms"]
-    deployed = [arm["deploy"] for arm in arms if arm.get("deploy")]
+    deployed = {arm["name"]: arm["deploy"] for arm in arms if arm.get("deploy")}
     about = {**comparison["environment"], "model": comparison["model"]["path"], "digest": comparison["model"]["digest"]}
     return {
         "name": comparison["name"],
@@ -70,8 +70,8 @@ def view(comparison: Record) -> dict[str, Any]:
         "cost": cost_table(comparison),
         "tasks": tasks_table(comparison),
         "tests": TESTS,
-        "deploy": deploy_table(comparison),
-        "deploy_notes": list(dict.fromkeys(note for card in deployed for note in card["notes"])),
+        "deploy": deploy_table(deployed),
+        "deploy_notes": list(_verdicts(deployed)),
         "maps": list(error_maps(arms)),
         "curves": list(training_charts(arms)),
         "missed": [f"{arm['name']}: {gate['text']}" for arm in arms for gate in arm["gates"] if not gate["passed"]],
@@ -79,6 +79,13 @@ def view(comparison: Record) -> dict[str, Any]:
         "environment": pair_table("Environment", about),
         "basis": pair_table("What all arms have in common", comparison["basis"]),
     }
+
+
+def _verdicts(cards: Mapping[str, Record]) -> Iterator[str]:
+    """What the cards say; a sentence that all of them have once, the others with the arm's name."""
+    for note in dict.fromkeys(note for card in cards.values() for note in card["notes"]):
+        names = [name for name, card in cards.items() if note in card["notes"]]
+        yield note if len(names) == len(cards) else f"{', '.join(names)}: {note}"
 
 
 def lead(comparison: Record) -> str:

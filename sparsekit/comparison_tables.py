@@ -131,22 +131,3 @@ def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record
             tone = "quiet" if test["p"] > UNSURE else ""
         cells.append(Cell(text, title, tone))
     return cells
-
-
-def deploy_table(comparison: Record) -> Table | None:
-    """Measured speed of the arms that were deployed; None when none was."""
-    rows = []
-    for arm in comparison["arms"]:
-        for row in (arm.get("deploy") or {}).get("speed", ()):
-            rows.append(
-                [
-                    Cell(arm["name"]),
-                    Cell(row["form"]),
-                    Cell(f"{row['batch']}"),
-                    Cell(f"{row['dense']:,.0f}"),
-                    Cell(f"{row['tokens_per_second']:,.0f}"),
-                    Cell(f"{row['ratio']:.2f}", tone="good" if row["ratio"] > 1 else ""),
-                ]
-            )
-    columns = [Column("arm"), Column("form"), *numbers("batch", "dense, tokens/s", "tokens/s", "ratio")]
-    return Table("Speed on this device", columns, rows) if rows else None

@@ -90,6 +90,8 @@ class Terminal:
         self._stop()
         self._console.print()
         self._console.print(closing_table(report))
+        for line in (report.get("deploy") or {}).get("notes", ()):
+            self._console.print(f"  {line}", highlight=False)
         for name, path in files.items():
             self._console.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
 

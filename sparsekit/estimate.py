@@ -197,8 +197,13 @@ class Estimator:
         if not wanted.perplexity:
             return None
         entries = {name: self.recipe.data.evaluation[name] for name in wanted.perplexity}
-        longest = max(entry.seq_len for entry in entries.values())
-        moments = memory.scoring_moments(self.sizes, longest, agreement=bool(wanted.agreeing))
+        moments = [
+            moment
+            for name, entry in entries.items()
+            for moment in memory.scoring_moments(
+                self.sizes, self._windows(entry), entry.seq_len, agreement=name in wanted.agreeing
+            )
+        ]
         device, host = self._split(memory.peak(moments), memory.host_of_walk(self.sizes, self.process, hidden=0))
         seconds = 0.0
         for name, entry in entries.items():

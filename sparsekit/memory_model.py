@@ -160,14 +160,17 @@ def _solving(block: BlockSizes, method: str, kind: type[Any] | None) -> list[tup
     return found
 
 
-def scoring_moments(model: ModelSizes, seq_len: int, *, agreement: bool) -> list[Moment]:
+def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement: bool) -> list[Moment]:
     """Moments of scoring a text with the whole model on the device."""
     c, models = model.computed, 2 if agreement else 1
-    tokens = max(1, EVALUATION_TOKENS["cuda" if model.cuda else "cpu"] // seq_len) * seq_len
+    batch = max(1, min(windows, EVALUATION_TOKENS["cuda" if model.cuda else "cpu"] // seq_len))
+    tokens = batch * seq_len
     whole = Part("the whole model", "P in the blocks · c", (model.numel - model.outside) * c)
     twin = Part("the dense model beside it", "P · c", model.numel * c if agreement else 0)
     logits = Part("logits", "T · V · c for each model", models * tokens * model.vocabulary * c)
-    wide = Part("logits in float32", "4 copies of 2^24 entries at most", 4 * 4 * min(CHUNK, seq_len * model.vocabulary))
+    entry = (24 if agreement else 8) - (4 if c == 4 else 0)  # float32 copy, log-softmax; a second, KL, KL in float64
+    chunk = min(CHUNK, seq_len * model.vocabulary)
+    wide = Part("logits of a chunk in float32", "8 bytes, with agreement 24, of 2^24 at most", entry * chunk)
     held = [*always(model), whole, twin]
     running = [*held, forward_temporaries(model, model.largest, tokens)]
     return [Moment("running the model", running), Moment("comparing logits", [*held, logits, wide])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -33,6 +33,7 @@ from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.peak import peak_since, start_peak
 from sparsekit.plan import Plan, PlannedStep, make_plan
+from sparsekit.ranks import Place, launch
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.redo import redone, rounds, told, worst_layers
 from sparsekit.report import write_report
@@ -40,6 +41,7 @@ from sparsekit.scoring import Scoring, Twin
 from sparsekit.step import params_pattern
 from sparsekit.training import Training
 from sparsekit.walk import Walk
+from sparsekit.world import ALONE, World
 
 
 class Listener(Protocol):
@@ -53,6 +55,9 @@ class Listener(Protocol):
 
     def progress(self, done: int, total: int) -> None:
         """It has come this far, in blocks, tokens or windows."""
+
+    def noted(self, text: str) -> None:
+        """A remark about what is being done, such as the perplexity on the way; the last one stands."""
 
     def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
         """A step is done; `cached` if an earlier run had done it."""
@@ -105,6 +110,14 @@ class Run:
         directory = recipe.output_directory()
         return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, self.shared, self.twin)
 
+    @classmethod
+    def rank(cls, recipe: Recipe, listener: Listener, shared: Path, digest: str) -> Self:
+        """The run as one of several training processes sees it; see `sparsekit.rank`."""
+        view = open_view(recipe)
+        tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
+        plan = plan_for(recipe, view, digest)
+        return cls(recipe, listener, recipe.output_directory(), view, plan, tokenizer, shared, Twin(view))
+
     @property
     def last(self) -> PlannedStep | None:
         """The step that decides the result: the recipe's last one, or its repetition; None without steps."""
@@ -152,7 +165,7 @@ class Run:
         cached = record is not None
         if record is None:
             self.listener.started(planned.title)
-            result = self._measured(lambda: self._apply(planned, chain, store))
+            result = self.measured(lambda: self._apply(planned, chain, store))
             store.finish(planned.fingerprint, result)
         else:
             result = record["result"]
@@ -195,8 +208,10 @@ class Run:
         """Do a step's work; returns what it wants remembered."""
         method = planned.step.method
         self.view.load_rest(chain.rest())
+        if method.scope == "model" and planned.step.gpus > 1:
+            return self._train_on_ranks(planned, chain, store)
         if method.scope == "model":
-            return self._train(planned, chain, store)
+            return self.train(planned, chain, store)
         data = self.recipe.data.calibration
         tokens = self.windows(data) if planned.step.calibrated and data is not None else None
         allotted = self._allotted(planned, chain, store, tokens)
@@ -231,11 +246,31 @@ class Run:
         selected = planned.selected
         return Allotment(self.view, step.allocate, selected, chain.block, tokens, pattern.sparsity).kept(store)
 
-    def _train(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
+    def _train_on_ranks(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
+        """Have a step done by several processes."""
+        self.training_texts(planned)  # cut into tokens once, and not by every rank
+        place = Place(
+            recipe=self.directory / "recipe.yaml",
+            where=self.recipe.where("steps", planned.index, "gpus"),
+            shared=self.shared,
+            model_digest=self.plan.model_digest,
+            device=self.view.device,
+        )
+        return launch(planned, chain.stores, store, place, self.listener)
+
+    def training_texts(self, planned: PlannedStep) -> tuple[Tensor, Tensor | None]:
+        """The windows a training step reads, and the held-out ones it is watched with."""
         data = self.recipe.data
         if data.train is None:
             raise RecipeError(f"{planned.step.method.name} needs data.train")
         valid = next((data.evaluation[name] for name in self.recipe.evaluate.perplexity), None)
+        return self.windows(data.train), None if valid is None else self.windows(valid)
+
+    def train(
+        self, planned: PlannedStep, chain: Chain, store: StepStore, world: World = ALONE
+    ) -> dict[str, Any]:
+        """Do a training step, alone or as one of several processes."""
+        tokens, valid = self.training_texts(planned)
         return Training(
             view=self.view,
             method=planned.step.method,
@@ -244,19 +279,22 @@ class Run:
             patterns=planned.patterns,
             chain=chain,
             store=store,
-            tokens=self.windows(data.train),
-            valid=None if valid is None else self.windows(valid),
+            tokens=tokens,
+            valid=valid,
             seed=self.recipe.seed,
             progress=self.listener.progress,
+            noted=self.listener.noted,
+            world=world,
         ).run()
 
-    def _measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Time and peak memory of some work."""
         fresh, start = start_peak(self.view.device), time.perf_counter()
         result = work()
         seconds = time.perf_counter() - start
         peak, of = peak_since(self.view.device, fresh)
-        return {**result, "seconds": seconds, "peak_memory": peak, "peak_memory_of": of}
+        # a step of several processes has measured itself
+        return {"peak_memory": peak, "peak_memory_of": of, **result, "seconds": seconds}
 
     def _report(self, chain: Chain, dense: dict[str, Any], final: dict[str, Any]) -> dict[str, Any]:
         """Export, verify what was written, and write the report."""
@@ -268,6 +306,7 @@ class Run:
             "name": self.recipe.name,
             "recipe": self.recipe.resolved_yaml(),
             "basis": basis(self.recipe, self.plan, self.view),
+            "shared": str(self.shared.absolute()),
             "environment": environment(self.view),
             "model": {"path": str(self.view.path), "parameters": coverage.total, "digest": self.plan.model_digest},
             "coverage": {
@@ -359,10 +398,11 @@ def open_view(recipe: Recipe) -> ModelView:
     )
 
 
-def plan_for(recipe: Recipe, view: ModelView) -> Plan:
-    """The plan of a recipe; its texts are read for their digests only."""
+def plan_for(recipe: Recipe, view: ModelView, digest: str | None = None) -> Plan:
+    """The plan of a recipe; its texts are read for their digests only. `digest` is the model's where it is known."""
     used = {"calibration": recipe.data.calibration, "train": recipe.data.train}
-    return make_plan(recipe, view, {name: entry_digest(entry, recipe.resolve) for name, entry in used.items() if entry})
+    texts = {name: entry_digest(entry, recipe.resolve) for name, entry in used.items() if entry}
+    return make_plan(recipe, view, texts, digest)
 
 
 def gate_row(name: str, allowed: float, dense: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
@@ -410,10 +450,21 @@ def summarise(
         "numerics": counted(layers),
         "before": dict(before),
         "perplexity": dict(after),
-        "notes": [f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]],
+        "notes": [
+            *branch_note(layers, weights),
+            *(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
+        ],
         "layers": layers,
         **result,
     }
+
+
+def branch_note(layers: Sequence[Mapping[str, Any]], weights: int) -> list[str]:
+    """What low-rank branches of a step's layers cost, if there are any."""
+    count = sum(layer["branch_parameters"] for layer in layers)
+    share = count / max(1, weights)
+    told = f"low-rank branches: {count:,} dense parameters beside the linears' {weights:,} ({share:.1%})"
+    return [f"{told}; the pattern of the weights alone is N:M, the model is N:M+LR"] if count else []
 
 
 def environment(view: ModelView) -> dict[str, str]:

@@ -25,6 +25,7 @@ BYTES = (
     ("headers", "headers"),
     ("total", "counted in all"),
     ("files", "weight files on disk"),
+    ("adapter", "low-rank branches in adapter/ (part of the model; counted below)"),
     ("masks", "mask file (no engine reads it; not in the files above)"),
     ("fp32", "the same parameters in FP32"),
     ("fp16", "the same parameters in FP16"),
@@ -246,6 +247,26 @@ def layer_table(step: Record) -> Table:
         for layer in step["layers"]
     ]
     return Table(f"Layers of step {step['index'] + 1}, {step['method']}", columns, rows)
+
+
+def deploy_table(cards: Mapping[str, Record]) -> Table | None:
+    """Measured speed beside the dense model's, by name of the run; None when nothing was measured."""
+    rows = [
+        [
+            Cell(name),
+            Cell(row["form"]),
+            Cell(str(row["batch"])),
+            Cell(f"{row['dense']:,.0f}"),
+            Cell(f"{row['tokens_per_second']:,.0f}"),
+            Cell(f"{row['ratio']:.2f}", str(row["ratio"])),
+            size(card["memory"]["dense"]),
+            size(card["memory"][row["form"]]),
+        ]
+        for name, card in cards.items()
+        for row in card["speed"]
+    ]
+    titles = ("batch", "dense, tokens/s", "tokens/s", "ratio", "dense weights in memory", "weights in memory")
+    return Table("Speed on this device", [Column("run"), Column("form"), *numbers(*titles)], rows) if rows else None
 
 
 def pair_table(caption: str, pairs: Mapping[str, Any]) -> Table:

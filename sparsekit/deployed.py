@@ -1,0 +1,44 @@
+"""Adding a deploy card to a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import RunLock, StepStore, read_json
+from sparsekit.deploy import deploy_card
+from sparsekit.errors import CheckpointError
+from sparsekit.recipe import read_recipe
+from sparsekit.report import write_report
+from sparsekit.run import open_view
+from sparsekit.scoring import Watcher
+
+
+def add_card(directory: Path, watcher: Watcher) -> dict[str, Any]:
+    """Measure a finished run's model beside the dense one and write its report anew.
+
+    Args:
+        directory: Of the run.
+        watcher: Told how far it is.
+    Returns:
+        The report with `deploy`.
+    Raises:
+        CheckpointError: The run is not finished, or its steps are gone.
+    """
+    report: dict[str, Any] = read_json(directory / "report.json")
+    if not report["steps"] or "shared" not in report:
+        raise CheckpointError(f"{directory} keeps no steps to measure; run the recipe again with this version")
+    view = open_view(read_recipe(directory / "recipe.yaml"))
+    dense = final = Chain(view)
+    for step in report["steps"]:
+        place = Path(report["shared"]) / "steps" / f"{step['index'] + 1}-{step['method']}-{step['fingerprint'][:10]}"
+        store = StepStore(place, view.dtype)
+        if store.finished(step["fingerprint"]) is None:
+            raise CheckpointError(f"{place} is missing or damaged; run the recipe again")
+        final = final.then(store)
+    watcher.started(f"{report['name']}: deploy card")
+    report["deploy"] = deploy_card(dense, final, report["exports"], watcher.progress)
+    with RunLock(directory):
+        write_report(report, directory)
+    return report
