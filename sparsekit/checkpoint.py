@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparsekit.branch import Branch
 from sparsekit.errors import CheckpointError, NumericsError
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
@@ -148,6 +149,10 @@ def block_tensors(block: BlockState, dtype: torch.dtype) -> tuple[dict[str, Tens
         about[name] = {"shape": list(state.source.shape), "notes": list(state.notes)}
         if state.mask is not None:
             tensors[f"mask/{name}"] = pack_mask(state.mask)
+        if state.branch is not None:
+            about[name]["branch"] = {"length": state.branch.length}
+            for part, value in state.branch.tensors():
+                tensors[f"branch-{part}/{name}"] = fitting(name, value, dtype)
         if state.quantized is None:
             tensors[f"source/{name}"] = fitting(name, state.source, dtype)
         else:
@@ -196,11 +201,17 @@ def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
                 mask=None if mask is None else unpack_mask(mask, tuple(about["shape"])),
                 quantized=quantized,
                 notes=tuple(about["notes"]),
+                branch=_branch_of(name, tensors, about["branch"]) if "branch" in about else None,
             )
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"a block file lacks {error}") from error
     params = {key.removeprefix("param/"): value for key, value in tensors.items() if key.startswith("param/")}
     return BlockState(linears, params)
+
+
+def _branch_of(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, int]) -> Branch:
+    down = tensors.get(f"branch-down/{name}")
+    return Branch(tensors[f"branch-up/{name}"].float(), None if down is None else down.float(), about["length"])
 
 
 class StepStore:

@@ -69,10 +69,16 @@ def _dense(report: Record) -> dict[str, Any]:
     }
 
 
+def size_of(export: Record) -> int:
+    """Bytes of an export's weights: its files, and the low-rank branches beside them."""
+    held = export["bytes"]
+    return int(held["files"]) + int(held.get("adapter", 0))  # reports from before there were branches lack them
+
+
 def _arm(name: str, report: Record, dense: Record) -> dict[str, Any]:
     """One arm's row and what its drawings need."""
     steps, exports = report["steps"], report["exports"]
-    smallest = min(exports, key=lambda one: one["bytes"]["files"], default=None)
+    smallest = min(exports, key=size_of, default=None)
     last, tasks = steps[-1] if steps else UNTOUCHED, dict(report["tasks"].get("final", {}))
     arm: dict[str, Any] = {
         "name": name,
@@ -83,7 +89,7 @@ def _arm(name: str, report: Record, dense: Record) -> dict[str, Any]:
         "task_tests": task_tests(dense["tasks"], tasks),
         "exports": exports,
         "format": None if smallest is None else smallest["format"],
-        "bytes": None if smallest is None else smallest["bytes"]["files"],
+        "bytes": None if smallest is None else size_of(smallest),
         "bits_per_weight": None if smallest is None else smallest["bits_per_weight"],
         "sparsity": last["sparsity"],
         "pattern": last["pattern"],

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsekit import __version__
+from sparsekit.adapter import ADAPTER, adapter_notes, attach_adapter, branches_of, write_adapter
 from sparsekit.checkpoint import BlockState, write_json, write_tensors
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, Storage, find_setting
@@ -91,6 +92,7 @@ def export_as(
     """
     storage, tally = storage_format.storage, Tally()
     setting = None if storage is None else find_setting(storage, _named_blocks(view, blocks), layout)
+    branches = branches_of(blocks, lambda index, block: set(view.to_hf(index, block)), len(view.blocks))
     with staged(directory, view.path) as target:
         writer = _Writer(ShardWriter(target, max_shard, "model" if storage is None else storage.stem), tally)
         left_dense = _write_blocks(view, blocks, patterns or {}, writer, storage, setting)
@@ -102,6 +104,10 @@ def export_as(
                 write_json(target / file, content)
         notes = _write_companions(view, target, tokenizer_dir or view.path, extra)
         _write_masks(target, tally)
+        if branches:
+            tally.bytes.adapter = write_adapter(target, branches, view.dtype)
+            tally.parameters += sum(branch.parameters for branch in branches.values())
+            notes += adapter_notes(branches, tally.bytes.adapter)
         files = writer.close(target)
         written = storage_format.name if setting is None else _written(storage_format, setting)
         _write_marker(target, written, name, tally, files)
@@ -174,7 +180,7 @@ def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
 
 
 def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: ExportedModel) -> float:
-    """Open a dense export with plain Transformers and compare its logits.
+    """Open a dense export with plain Transformers, add its adapter if it has one, and compare its logits.
 
     Args:
         directory: Of the export.
@@ -198,6 +204,8 @@ def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: Exported
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"Transformers cannot open the export {directory}: {error}") from error
     model = model.to(view.device).eval()
+    if (directory / ADAPTER).is_dir():
+        attach_adapter(model, directory)
     with torch.inference_mode():
         found = model(input_ids=tokens.to(view.device), use_cache=False).logits
     difference = float((found.float() - logits.to(found.device).float()).abs().max())

@@ -83,7 +83,10 @@ class Producer:
             state = linears[self.module]
             if state.quantized is not None:
                 raise MethodError("is quantized already and cannot absorb a scale", layer=self.module)
-            linears[self.module] = replace(state, source=self.divided(state.source, free))
+            branch = state.branch
+            if branch is not None:
+                branch = replace(branch, up=self.divided(branch.up, free))
+            linears[self.module] = replace(state, source=self.divided(state.source, free), branch=branch)
         else:
             name = f"{self.module}.weight"
             params[name] = self.divided(params[name].float(), free).to(params[name].dtype)

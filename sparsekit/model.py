@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsekit.arch import Origin, canonicalise
+from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import ModelError
 from sparsekit.groups import Producer, find_producers, shared_inputs
@@ -193,8 +194,14 @@ class ModelView:
 
     def materialise(self, index: int, block: BlockState) -> None:
         """Put a block's values on the device, rounded to the stored dtype, in the compute dtype."""
+        linears = self.linears(index)
         for name, state in block.linears.items():
             self._place(f"{name}.weight", state.weight)
+            linear = linears[name]
+            if state.branch is None:
+                detach(linear)
+            else:
+                attach(linear, state.branch)
         for name, value in block.params.items():
             self._place(name, value)
 
@@ -205,6 +212,8 @@ class ModelView:
 
     def release(self, index: int) -> None:
         """Drop a block's values."""
+        for linear in self.linears(index).values():
+            detach(linear)
         for name, shape in self._shapes.items():
             if name.startswith(f"{self.blocks[index]}."):
                 self._set(name, torch.empty(shape, dtype=self.compute_dtype, device="meta"))

@@ -83,8 +83,9 @@ class SparseAdamW:
         self.pattern, self.rule, self.memory, self.world = pattern, rule, memory, world
         self.masked = rule.masked
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        known = weights or {}
         for name, parameter in self.names.items():
-            given = rows_of(weights[name], self.parameters[name]) if name in (weights or {}) else parameter.detach()
+            given = rows_of(known[name], self.parameters[name]) if name in known else parameter.detach()
             self.state[parameter] = self._first_state(name, parameter, masks.get(name), given)
             if importance and name in importance and name in masks:
                 self.state[parameter]["importance"] = importance[name].to(parameter.device, torch.float32)

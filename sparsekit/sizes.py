@@ -14,6 +14,7 @@ from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError, PatternError
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
+from sparsekit.verify import labelled
 
 BYTES_AGREE = 0.01  # largest relative difference between the counted bytes and the size of the files
 
@@ -32,6 +33,7 @@ class ExportBytes:
         headers: Names and shapes, in the headers of the safetensors files and beside the integers.
         files: Real size of the weight files.
         masks: Real size of the mask file, which no engine reads; not part of `files`.
+        adapter: Real size of the low-rank branches; not part of `files`, but of the model and of its ratios.
     """
 
     codes: int = 0
@@ -43,6 +45,7 @@ class ExportBytes:
     headers: int = 0
     files: int = 0
     masks: int = 0
+    adapter: int = 0
 
     @property
     def total(self) -> int:
@@ -83,8 +86,8 @@ class ExportReport:
             "directory": str(self.directory),
             "parameters": self.parameters,
             "bytes": sizes,
-            "ratio_fp32": fp32 / self.bytes.files,
-            "ratio_fp16": fp16 / self.bytes.files,
+            "ratio_fp32": fp32 / (self.bytes.files + self.bytes.adapter),
+            "ratio_fp16": fp16 / (self.bytes.files + self.bytes.adapter),
             "bits_per_weight": self.bits_per_weight,
             "engines": [note.as_dict() for note in self.engines],
             "notes": list(self.notes),
@@ -111,7 +114,7 @@ class Tally:
         self.layers[state.name] = {
             "shape": list(weight.shape),
             "sparsity": float((weight == 0).float().mean()),
-            "pattern": str(pattern) if pattern else None,
+            "pattern": labelled(pattern, state),
             "groups": pattern.groups(weight) if pattern else 0,
             "violations": broken,
             "bits": state.quantized.bits if state.quantized else None,

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from sparsekit.checkpoint import read_json, read_tensors, write_json
 from sparsekit.errors import CheckpointError
@@ -72,7 +75,7 @@ class Snapshots:
             shutil.rmtree(path, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.world.wait()
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
         self.world.wait()
         if self.world.first:
             for file in temporary.iterdir():
@@ -101,18 +104,18 @@ class Snapshots:
         return {key.removeprefix(SUM): value for key, value in tensors.items() if key.startswith(SUM)}
 
     def _load_shards(self, path: Path, optimizer: SparseAdamW) -> dict[str, Tensor]:
-        reader = dcp.HuggingFaceStorageReader(str(path))
+        reader = HuggingFaceStorageReader(str(path))
         described = reader.read_metadata().state_dict_metadata
         wanted = optimizer.shared_tensors()
         sums = {
             key: torch.zeros(1, dtype=about.properties.dtype)
             for key, about in described.items()
-            if key.startswith(SUM)
+            if key.startswith(SUM) and isinstance(about, TensorStorageMetadata)
         }
         _same_keys(wanted, described)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as intended
-            dcp.load(wanted | sums, storage_reader=reader, no_dist=self.world.size == 1)
+            load(wanted | sums, storage_reader=reader, no_dist=self.world.size == 1)
         return {key.removeprefix(SUM): value for key, value in sums.items()}
 
 

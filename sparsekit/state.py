@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sparsekit.branch import Branch
 from sparsekit.errors import MethodError
 from sparsekit.quant import QuantizedWeight
 
@@ -26,6 +27,7 @@ class LinearState:
         notes: What went out of the ordinary (a numerics rung that was needed, a skipped search).
         dense: float32 [out, in], what the layer was before any step pruned it (after a training step:
             what training left). Only there for methods registered with `dense=True`; never stored.
+        branch: A low-rank branch beside the weight (SLoRB). It stays dense and is no part of `weight`.
     """
 
     name: str
@@ -34,13 +36,19 @@ class LinearState:
     quantized: QuantizedWeight | None = None
     notes: tuple[str, ...] = ()
     dense: Tensor | None = None
+    branch: Branch | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The float32 values the layer computes with: dequantized, or masked, or plain."""
+        """The float32 values the layer multiplies with: dequantized, or masked, or plain."""
         if self.quantized is not None:
             return self.quantized.dequantize()
         return self.source if self.mask is None else self.source.masked_fill(~self.mask, 0.0)
+
+    @property
+    def effective(self) -> Tensor:
+        """The weight and what the branch adds to it, float32 [out, in]; dense, to measure errors with."""
+        return self.weight if self.branch is None else self.weight + self.branch.matrix
 
     def masked(self, mask: Tensor) -> LinearState:
         """Choose the kept entries; values stay (bool [out, in])."""
@@ -100,6 +108,13 @@ class Group:
         """
         if self.tie is None:
             raise MethodError(f"the input of this group cannot be rescaled: {self.why}", layer=", ".join(self.linears))
-        linears = {name: replace(state, source=state.source * scale) for name, state in self.linears.items()}
+        linears = {
+            name: replace(
+                state,
+                source=state.source * scale,
+                branch=None if state.branch is None else state.branch.rescaled(scale),
+            )
+            for name, state in self.linears.items()
+        }
         total = scale if self.input_scale is None else self.input_scale * scale
         return replace(self, linears=linears, input_scale=total)

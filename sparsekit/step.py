@@ -40,6 +40,8 @@ class Step:
             linears sees what the groups before it have become. Of no meaning for scope model,
             whose methods may have a parameter of that name.
         allocate: What decides how the sparsity is spread over the layers; None for the same in each.
+        gpus: Processes that a step of scope model is done by, each on a device of its own. The result
+            does not depend on it beyond rounding, so a step can go on with another number.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class Step:
     ignore: list[str]
     schedule: Schedule
     allocate: Allocate | None = None
+    gpus: int = 1
 
     @property
     def calibrated(self) -> bool:
@@ -72,7 +75,8 @@ class Step:
             params["sparsity"] = pattern.sparsity  # the text form of a pattern is rounded
         schedule = {"schedule": self.schedule} if has_schedule(self.method) else {}
         allocate = {} if self.allocate is None else {"allocate": self.allocate.as_dict()}
-        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate}
+        gpus = {"gpus": self.gpus} if self.method.scope == "model" else {}
+        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate, **gpus}
         return {"method": self.method.name, **params, **common}
 
     @classmethod
@@ -98,7 +102,8 @@ class Step:
         if allocate is not None and values["pattern"].structured:
             message = f'pattern "{values["pattern"]}" is the same in every layer; allocate needs sparsity: 0.5 instead'
             raise _error(("allocate",), message, raw["allocate"])
-        return cls(method, params, written, read.targets, read.ignore, schedule, allocate)
+        gpus: int = read.gpus if method.scope == "model" else 1
+        return cls(method, params, written, read.targets, read.ignore, schedule, allocate, gpus)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -155,6 +160,9 @@ def step_model(method: Method) -> type[BaseModel]:
     if has_schedule(method):
         description = "Gather statistics once a block, or anew for each group of linears."
         fields["schedule"] = (Schedule, Field("block", description=description))
+    if method.scope == "model":
+        description = "Processes that train, each on a GPU of its own; processes on a CPU."
+        fields["gpus"] = (Annotated[int, Field(ge=1)], Field(1, description=description))
     if takes_allocation(method):
         fields["allocate"] = (Allocate | None, Field(None, description="A method that spreads the sparsity unevenly."))
     if taken := set(fields) & set(method.parameters.model_fields):

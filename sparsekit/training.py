@@ -16,6 +16,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.registry import Method
 from sparsekit.train import Trained, TrainJob
 from sparsekit.verify import verified
+from sparsekit.world import ALONE, World
 
 VALID_WINDOWS = 32  # held-out windows whose perplexity is logged while training
 
@@ -35,6 +36,8 @@ class Training:
         valid: Held-out windows for the log, or None.
         seed: Of the data order.
         progress: Called with (tokens done, tokens in all).
+        noted: Called with a remark to show, the held-out perplexity.
+        world: The processes that do this step together.
     """
 
     view: ModelView
@@ -48,6 +51,8 @@ class Training:
     valid: Tensor | None
     seed: int
     progress: Callable[[int, int], None]
+    noted: Callable[[str], None] = lambda text: None
+    world: World = ALONE
     _log: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -69,13 +74,19 @@ class Training:
             directory=self.store.directory / "checkpoint",
             log=self._record,
             progress=self.progress,
+            world=self.world,
         )
         trained: Trained = self.method.function(job, **self.arguments)
-        self._commit(blocks, trained)
+        if self.world.first:
+            self._commit(blocks, trained)
         return {"training": trained.metrics, "curve": self._log}
 
     def _record(self, record: dict[str, Any]) -> None:
         """Append to the log; a resumed run overwrites what it repeats."""
+        if not self.world.first:
+            return
+        if "valid_perplexity" in record:
+            self.noted(f"valid {record['valid_perplexity']:.2f} at {record['tokens'] / 1e6:.1f}M tokens")
         path = self.store.directory / "train.jsonl"
         if not self._log and path.exists():
             self._log = [json.loads(line) for line in path.read_text().splitlines()]

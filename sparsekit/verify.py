@@ -33,6 +33,7 @@ class LayerRecord:
         bits: Bits of a code, None when the layer is not quantized.
         seconds: Time the method took on this layer.
         notes: What went out of the ordinary.
+        branch_parameters: Of a low-rank branch beside the weight; `pattern` then ends in "+LR".
         rungs: Rungs of the numerics ladder that this step needed on it.
     """
 
@@ -48,6 +49,7 @@ class LayerRecord:
     seconds: float
     notes: tuple[str, ...]
     rungs: tuple[str, ...] = ()
+    branch_parameters: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -87,13 +89,16 @@ def verified(
         raise MethodError("the method returned values that are not finite", layer=before.name)
     if kind == "quantize":
         _check_quantized(before, after)
+    _check_branch(before, after)
     violations = _violations(before, after, weight, pattern)
-    error, error_of = relative_error(before.weight, weight, statistic, input_scale)
+    error, error_of = relative_error(
+        before.effective, weight if after.branch is None else after.effective, statistic, input_scale
+    )
     return LayerRecord(
         name=before.name,
         shape=(weight.shape[0], weight.shape[1]),
         sparsity=float((weight == 0).float().mean()),
-        pattern=str(pattern) if pattern else None,
+        pattern=labelled(pattern, after),
         groups=pattern.groups(weight) if pattern else 0,
         violations=violations,
         error=error,
@@ -102,7 +107,24 @@ def verified(
         seconds=seconds,
         notes=after.notes,
         rungs=rungs_of(after.notes[len(before.notes) :]),
+        branch_parameters=0 if after.branch is None else after.branch.parameters,
     )
+
+
+def labelled(pattern: Pattern | None, state: LinearState) -> str | None:
+    """`2:4`, or `2:4+LR` for a layer that computes more than its sparse weight."""
+    if state.branch is None:
+        return str(pattern) if pattern else None
+    return f"{pattern}+LR" if pattern else "LR"
+
+
+def _check_branch(before: LinearState, after: LinearState) -> None:
+    if after.branch is None:
+        if before.branch is not None:
+            message = "the method dropped the low-rank branch; folded into the weight it would make it dense"
+            raise MethodError(message, layer=before.name)
+    elif not all(bool(torch.isfinite(value).all()) for _, value in after.branch.tensors()):
+        raise MethodError("the method returned a low-rank branch that is not finite", layer=before.name)
 
 
 def _check_quantized(before: LinearState, after: LinearState) -> None:
@@ -114,11 +136,10 @@ def _check_quantized(before: LinearState, after: LinearState) -> None:
 
 def _violations(before: LinearState, after: LinearState, weight: Tensor, pattern: Pattern | None) -> int:
     if after.mask is not None:
-        pruned = weight[~after.mask]
-        revived = int((pruned != 0).sum())
+        revived = int(((weight != 0) & ~after.mask).sum())
         if revived:
             raise PatternError(f"{revived} pruned weights are not zero", layer=before.name)
-        if bool(torch.signbit(pruned).any()):
+        if bool((torch.signbit(weight) & ~after.mask).any()):
             raise PatternError("pruned weights are stored as -0.0", layer=before.name)
     if pattern is None:
         return 0
@@ -144,7 +165,6 @@ def relative_error(
         after = after / input_scale
     change = before - after
     if isinstance(statistic, Gram):
-        matrix = statistic.matrix
-        base = ((before @ matrix) * before).sum()
-        return float(((change @ matrix) * change).sum() / base.clamp(min=1e-30)), "outputs"
+        base = statistic.energy(before)
+        return float(statistic.energy(change) / base.clamp(min=1e-30)), "outputs"
     return float(change.square().sum() / before.square().sum().clamp(min=1e-30)), "weights"

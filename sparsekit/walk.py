@@ -112,6 +112,8 @@ class Walk:
             return block
         if stream is None:
             return self._each(block, names, None)
+        if self.method.scope == "linear":  # sent once, for the forwards and for the method
+            block = BlockState({n: _on(s, self.view.device) for n, s in block.linears.items()}, block.params)
         with resident(self.view, index, block):
             groups = self.view.groups(index, *stream.sample(index))
             if self.method.scope == "group":
@@ -188,7 +190,7 @@ class Walk:
             start = time.perf_counter()
             with _naming(name):
                 result = self._called(given, statistic)
-            linears[name] = self._proved(given, result, statistic, None, start)
+            linears[name] = self._proved(given, result, statistic, None, start)  # on the device until committed
         return BlockState(linears, block.params)
 
     def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
@@ -228,7 +230,7 @@ class Walk:
         with _naming(", ".join(chosen)):
             result: Group = self._called(group, stat)
         linears = {
-            name: self._proved(given[name], state, stat, result.input_scale, start)
+            name: _on(self._proved(given[name], state, stat, result.input_scale, start), HOST)
             for name, state in result.linears.items()
         }
         block = BlockState({**block.linears, **linears}, block.params)
@@ -239,7 +241,7 @@ class Walk:
     def _proved(
         self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, start: float
     ) -> LinearState:
-        """Verify one result, keep its record, and bring it to the host."""
+        """Verify one result and keep its record."""
         record = verified(
             before,
             after,
@@ -250,7 +252,7 @@ class Walk:
             seconds=time.perf_counter() - start,
         )
         self._records.append(record)
-        return _on(after, HOST)
+        return after
 
 
 @contextmanager
@@ -295,4 +297,5 @@ def _on(state: LinearState, device: torch.device) -> LinearState:
         )
     mask = None if state.mask is None else state.mask.to(device)
     dense = None if state.dense is None else state.dense.to(device)
-    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense)
+    branch = None if state.branch is None else state.branch.to(device)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense, branch=branch)

@@ -47,6 +47,9 @@ class Weights:
                 f"the model is quantized: {len(self._stems)} linears in {told.storage.title} format, "
                 f"{told.setting.bits} bits, written by {told.quantizer}"
             )
+        if (directory / "adapter" / "adapter_config.json").is_file():
+            unread = f"{directory}/adapter holds low-rank branches that are not read: without them it is another model"
+            self.note = "; ".join(filter(None, (self.note, unread)))
 
     def _resolve(self, name: str, prefix: str) -> bool:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparsekit.branch import attach, collected, mean_branch
 from sparsekit.distill import Direction, Objective
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
@@ -64,6 +65,8 @@ def ast(
     temperature: Positive = 1.0,
     kl_direction: Direction = "forward",
     hidden: NotNegative = 0.0,
+    slorb: Literal[16, 32, 64] | None = None,
+    slorb_projection: Literal["trained", "sum"] = "trained",
     second_moment: SecondMoment = "gradient",
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: NotNegative = 0.0,
@@ -108,6 +111,10 @@ def ast(
         temperature: Of the divergence, with the usual factor T².
         kl_direction: `forward` is KL(teacher ‖ student), `reverse` the other way around.
         hidden: Weight of the distance of the blocks' outputs from the teacher's (SquareHead).
+        slorb: Inputs of a block of the low-rank branch (k of the paper's AST-Boosted); no branch when absent.
+            The branch is dense, trains with everything else, and the result is "2:4+LR", not 2:4.
+        slorb_projection: `trained` makes X a parameter as in the paper, `sum` adds the inputs of a block
+            up and has no parameters: 1/k of the layer instead of about twice as many.
         second_moment: v averages the square of the `momentum` plus decay (paper) or of the `gradient`
             plus decay, which is AdamW for kept weights.
         betas: Of the two moments.
@@ -133,11 +140,13 @@ def ast(
         raise MethodError(f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}')
     steps = steps_of(tokens, job.tokens, batch)
     plan = Schedule(steps=steps, batch=batch, lr=lr, warmup=warmup, floor=lr_floor, shape=schedule)
-    job.student.requires_grad_(True)
-    job.world.shard(job.student)  # before the optimizer, which holds the rows that are here
-    job.world.shard(job.teacher)
     norms = input_norms(job) if score == "activation" else {}
     masks, weights = first_masks(job, pattern, norms)
+    if slorb is not None:
+        add_branches(job, masks, slorb, trained=slorb_projection == "trained")
+    job.student.requires_grad_(True)
+    job.world.shard(job.student)  # before the optimizer, which holds the rows that are here
+    job.world.shard(job.teacher)  # it is the larger half of what does not shrink with the ranks otherwise
     rule = Rule(betas=betas, second_moment=second_moment, decay_rule=decay_rule, masked=forward == "masked")
     seed = mixed(job.seed + job.world.rank) if job.world.rank else job.seed  # ranks round with bits of their own
     memory = Memory(states, masters, seed=seed)
@@ -293,6 +302,24 @@ def first_masks(
     return masks, weights
 
 
+def add_branches(job: TrainJob, masks: Mapping[str, Tensor], length: int, *, trained: bool) -> None:
+    """Give every sparse linear of the student a low-rank branch; one from an earlier step stays as it is.
+
+    Raises:
+        MethodError: The blocks do not divide a layer, or an earlier branch has blocks of another length.
+    """
+    modules = dict(job.student.named_modules())
+    for linear, state in job.linears.items():
+        if state.branch is None:
+            branch = mean_branch(state.source, masks[f"{linear}.weight"], length, trained=trained, name=linear)
+            module = modules[linear]
+            assert isinstance(module, nn.Linear)  # so are all of job.linears
+            attach(module, branch)
+        elif state.branch.length != length:
+            message = f"slorb {length}, and an earlier step left a branch with blocks of {state.branch.length}"
+            raise MethodError(message, layer=linear)
+
+
 def input_norms(job: TrainJob) -> dict[str, Tensor]:
     """Root mean square of every sparse linear's inputs in the dense model, float32 [in] by parameter name."""
     found = {name: InputNorm.empty(job.linears[name].source.shape[1], job.device) for name in job.linears}
@@ -326,4 +353,9 @@ def result(job: TrainJob, optimizer: SparseAdamW, metrics: Mapping[str, Any]) ->
             linears[sparse[name]] = job.linears[sparse[name]].updated(weight.cpu(), mask.cpu())
         else:
             params[name] = weight.cpu()
-    return Trained(linears, params, dict(metrics))
+    branched = dict(collected(job.student, params))
+    linears = {name: replace(state, branch=branched.get(name)) for name, state in linears.items()}
+    counted = sum(branch.parameters for branch in branched.values())
+    of_linears = sum(state.source.numel() for state in job.linears.values())
+    about = {"branch_parameters": counted, "branch_share": counted / of_linears} if counted else {}
+    return Trained(linears, params, {**metrics, **about})

@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(JOBS), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, JOBS.parents[:2]))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=300,

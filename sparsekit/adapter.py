@@ -1,0 +1,124 @@
+"""Low-rank branches beside an export, as an adapter that PEFT reads.
+
+No architecture of transformers computes S (X x), so a model with branches is two things: the sparse
+weights, and an adapter in PEFT's LoRA layout with A = X [in/k, in], B = S [out, in/k] and scaling 1. It
+lies in a directory of its own: an `adapter_config.json` beside `config.json` would make transformers
+take the whole export for an adapter. Merging it into the weights makes them dense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.branch import Branch, attach
+from sparsekit.checkpoint import BlockState, read_json, read_tensors, write_json, write_tensors
+from sparsekit.errors import CheckpointError
+
+ADAPTER = "adapter"  # directory inside an export
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of every tensor in PEFT's files
+
+
+def branches_of(
+    blocks: Callable[[int], BlockState], names: Callable[[int, BlockState], set[str]], count: int
+) -> dict[str, Branch]:
+    """Every branch by linear.
+
+    Args:
+        blocks: State of each block by index.
+        names: Names of a block's tensors in the Hugging Face model.
+        count: Blocks.
+    Raises:
+        CheckpointError: A linear with a branch is part of a fused tensor, to which no adapter can be added.
+    """
+    found: dict[str, Branch] = {}
+    for index in range(count):
+        block = blocks(index)
+        own = {name: state.branch for name, state in block.linears.items() if state.branch is not None}
+        there = names(index, block) if own else set()
+        fused = [name for name in own if f"{name}.weight" not in there]
+        if fused:
+            message = "the model stores it inside a fused tensor, and an adapter has no place for its low-rank branch"
+            raise CheckpointError(f"{fused[0]}: {message}; leave it out of the step that adds branches")
+        found |= own
+    return found
+
+
+def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dtype) -> int:
+    """Write the adapter into an export; returns the bytes of its weights.
+
+    Args:
+        target: Directory of the export.
+        branches: By linear.
+        dtype: What values are stored in.
+    """
+    directory = target / ADAPTER
+    tensors: dict[str, Tensor] = {}
+    for name, branch in branches.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = branch.projection.to(dtype)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = branch.up.to(dtype)
+    write_tensors(directory / WEIGHTS, tensors)
+    write_json(directory / CONFIG, peft_config(branches))
+    return (directory / WEIGHTS).stat().st_size
+
+
+def peft_config(branches: Mapping[str, Branch]) -> dict[str, Any]:
+    """`adapter_config.json`: each linear by its full name, with its own rank and a scaling of 1."""
+    ranks = {name: branch.up.shape[1] for name, branch in branches.items()}
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,  # given by hand: PeftModel.from_pretrained(model, ".../adapter")
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,  # scaling is lora_alpha / r
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(ranks),
+    }
+
+
+def attach_adapter(model: nn.Module, directory: Path) -> None:
+    """Let a model compute the adapter of an export, as PEFT would; no PEFT is needed.
+
+    Args:
+        model: A transformers model of the export's architecture.
+        directory: Of the export.
+    Raises:
+        CheckpointError: The adapter does not fit the model.
+    """
+    config = read_json(directory / ADAPTER / CONFIG)
+    tensors, _ = read_tensors(directory / ADAPTER / WEIGHTS)
+    modules = dict(model.named_modules())
+    for name in config["target_modules"]:
+        try:
+            down, up = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+            module = modules[name]
+        except KeyError as error:
+            raise CheckpointError(f"{directory / ADAPTER} does not fit the model: it lacks {error}") from error
+        attach(module, Branch(up, down, length=down.shape[1] // down.shape[0]))
+
+
+def adapter_notes(branches: Mapping[str, Branch], size: int) -> Sequence[str]:
+    """What a user must know of an export with an adapter."""
+    count = sum(branch.up.numel() + branch.projection.numel() for branch in branches.values())
+    written = [branch for branch in branches.values() if branch.down is None]
+    notes = [
+        f"2:4+LR and not 2:4: {len(branches)} linears compute a dense low-rank branch as well. It is in {ADAPTER}/ in "
+        f"PEFT's LoRA layout ({count:,} parameters, {size:,} bytes); without it this is another model, "
+        "and merged into the weights it makes them dense"
+    ]
+    if written:
+        notes.append("X of the branches has no parameters; PEFT's layout has no such form, so it is written out")
+    return notes

@@ -1,0 +1,156 @@
+"""The low-rank branch of a sparse linear, SLoRB: y = (M ⊙ W) x + S (X x).
+
+X [in/k, in] sums blocks of k inputs, S [out, in/k] starts with the mean of what pruning took from each
+block, so that every block's sum of weights is what it was. Both are dense, so the branch is no part of
+the N:M weight: it stays beside it as tensors of its own and is counted and reported as "2:4+LR".
+
+Source: Huang et al. 2024, arXiv:2407.20584, Eq. 5-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsekit.errors import MethodError
+
+ATTRIBUTE = "slorb"  # of a linear that computes a branch
+LENGTHS = (16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """A low-rank branch.
+
+    Attributes:
+        up: S, [out, in/k].
+        down: X, [in/k, in]; None where it sums blocks of consecutive inputs and has no parameters.
+        length: k, inputs of a block.
+    """
+
+    up: Tensor
+    down: Tensor | None
+    length: int
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return self.up.numel() + (0 if self.down is None else self.down.numel())
+
+    @property
+    def projection(self) -> Tensor:
+        """X written out, [in/k, in]."""
+        return block_sums(self.up.shape[1], self.length).to(self.up) if self.down is None else self.down
+
+    @property
+    def matrix(self) -> Tensor:
+        """S X, dense [out, in]: what the branch computes, to measure errors with. It is never part of the weight."""
+        if self.down is None:
+            return self.up.repeat_interleave(self.length, 1)
+        return self.up @ self.down
+
+    def rescaled(self, scale: Tensor) -> Branch:
+        """The branch for inputs that will be divided by `scale` [in]; X gets parameters by it."""
+        return replace(self, down=self.projection * scale)
+
+    def to(self, device: torch.device) -> Branch:
+        """On a device."""
+        return replace(self, up=self.up.to(device), down=None if self.down is None else self.down.to(device))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Its parameters by name."""
+        yield "up", self.up
+        if self.down is not None:
+            yield "down", self.down
+
+
+def block_sums(rank: int, length: int) -> Tensor:
+    """X of the paper: row i is 1 on the inputs of block i; float32 [rank, rank * length]."""
+    return torch.eye(rank).repeat_interleave(length, 1)
+
+
+def mean_branch(weight: Tensor, mask: Tensor, length: int, *, trained: bool, name: str = "") -> Branch:
+    """S_ij = mean over block j of what the mask takes from row i; X as `block_sums`.
+
+    Args:
+        weight: float32 [out, in], dense.
+        mask: bool [out, in], True = kept.
+        length: k; divides the inputs.
+        trained: X is a parameter, and not only a sum.
+        name: Of the layer, for the error.
+    Raises:
+        MethodError: k does not divide the inputs.
+    """
+    inputs = weight.shape[1]
+    if inputs % length:
+        raise MethodError(f"slorb {length} does not divide {inputs} inputs", layer=name or None)
+    taken = weight.masked_fill(mask, 0.0)
+    up = taken.reshape(len(weight), -1, length).mean(2)  # [out, in/k]
+    return Branch(up, block_sums(inputs // length, length).to(up) if trained else None, length)
+
+
+class LowRank(nn.Module):
+    """A branch as a module; it hangs on its linear as `ATTRIBUTE`.
+
+    Args:
+        branch: Its first values, which are copied.
+        dtype: What it computes in.
+        device: Where.
+    """
+
+    def __init__(self, branch: Branch, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.length = branch.length
+        self.up = nn.Parameter(branch.up.to(device, dtype, copy=True), requires_grad=False)
+        self.down: nn.Parameter | None = None
+        if branch.down is not None:
+            self.down = nn.Parameter(branch.down.to(device, dtype, copy=True), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        summed = x.reshape(*x.shape[:-1], -1, self.length).sum(-1) if self.down is None else F.linear(x, self.down)
+        return F.linear(summed, self.up)
+
+
+def _added(linear: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    added: Tensor = linear.get_submodule(ATTRIBUTE)(arguments[0])
+    return output + added
+
+
+def attach(linear: nn.Linear, branch: Branch) -> None:
+    """Let a linear compute W x + S (X x); its weight stays the one it has."""
+    detach(linear)
+    linear.add_module(ATTRIBUTE, LowRank(branch, linear.weight.dtype, linear.weight.device))
+    # a hook, no new class: the walk, the quantizers and the exports go on seeing a linear with a weight
+    linear.register_forward_hook(_added)
+
+
+def detach(linear: nn.Linear) -> None:
+    """Take the branch off, if there is one."""
+    if attached(linear):
+        del linear._modules[ATTRIBUTE]
+        for key, hook in list(linear._forward_hooks.items()):
+            if hook is _added:
+                del linear._forward_hooks[key]
+
+
+def attached(linear: nn.Module) -> bool:
+    """Whether a linear computes a branch."""
+    return ATTRIBUTE in linear._modules
+
+
+def collected(model: nn.Module, params: dict[str, Tensor]) -> Iterator[tuple[str, Branch]]:
+    """The branches of a model with new values, by linear; their tensors leave `params`.
+
+    Args:
+        model: Where branches are attached.
+        params: Values by parameter name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank) and f"{name}.up" in params:
+            down = params.pop(f"{name}.down", None)
+            yield name.removesuffix(f".{ATTRIBUTE}"), Branch(params.pop(f"{name}.up"), down, module.length)
