@@ -167,12 +167,16 @@ def method_page(method: Method) -> Group:
 
 def outcomes_table(outcomes: Iterable[Outcome]) -> Table:
     """What the contract suite found, a property in a line."""
-    marks = {"ok": "[green]ok[/green]", "failed": "[red]failed[/red]", "does not apply": "-"}
-    table = Table(box=None, padding=(0, 2))
-    for title in ("promise", "", ""):
-        table.add_column(title)
+    marks = {"ok": "[green]ok[/green]", "failed": "[red]failed[/red]"}
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    apart: dict[str, list[str]] = {}
     for outcome in outcomes:
-        table.add_row(outcome.name, marks[outcome.status], Text(outcome.message))
+        if outcome.status == "does not apply":
+            apart.setdefault(outcome.message, []).append(outcome.name)
+        else:
+            table.add_row(outcome.name, marks[outcome.status], Text(outcome.message))
+    for reason, names in apart.items():
+        table.add_row("", "-", Text(f"not tried, since {reason}: {', '.join(names)}"))
     return table
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from sparsekit.paired import Change, perplexity_change
 
 ROOT = Path(__file__).parents[2]
-COMPARISONS = {"2to4": "pruners_2to4", "permuted": "permuted_2to4", "70": "pruners_70"}
+COMPARISONS = {"2to4": "pruners_2to4", "70": "pruners_70", "permuted": "permuted_2to4"}  # the last needs scipy
 STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds")
 
 
