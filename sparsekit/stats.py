@@ -50,7 +50,10 @@ class InputNorm:
 
     def update(self, x: Tensor) -> None:
         """Add tokens [tokens, in]."""
-        self.squares += x.float().square().sum(0)
+        if x.is_cuda:  # one pass over x, without a copy in float32
+            self.squares += torch.linalg.vector_norm(x, 2, dim=0, dtype=torch.float32).square()
+        else:
+            self.squares += x.float().square().sum(0)
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:
@@ -140,7 +143,10 @@ class Gram:
         else:
             wide = x.float()
             self.sum.addmm_(wide.t(), wide)
-        self.absolute += x.float().abs().sum(0)
+        if x.is_cuda:
+            self.absolute += torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32)
+        else:
+            self.absolute += x.float().abs().sum(0)
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:
@@ -194,6 +200,20 @@ class Gram:
             other.sum.diagonal().copy_(self.sum.diagonal().clamp(min=0))
             other.absolute = self.absolute.clone()
         return other
+
+    def energy(self, weight: Tensor) -> Tensor:
+        """tr(D H Dᵀ) of a weight or a change D [out, in], float32, 0-dim: the mean square of its outputs, summed.
+
+        On CUDA both factors are split into two bfloat16 parts, whose three larger products are exact
+        to 2⁻¹⁶ and several times faster there than one in float32.
+        """
+        if not weight.is_cuda:
+            return ((weight @ self.matrix) * weight).sum()
+        (high, low), (matrix, rest) = _split(weight), _split(self.matrix)
+        product = torch.mm(high, matrix, out_dtype=torch.float32)
+        product += torch.mm(low, matrix, out_dtype=torch.float32)
+        product += torch.mm(high, rest, out_dtype=torch.float32)
+        return (product * weight).sum()
 
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
         """Upper Cholesky factor U of the inverse of the damped Gram matrix, (H + damp·mean(diag H)·I)⁻¹ = UᵀU.
@@ -253,6 +273,12 @@ class Gram:
             if int(failed) == 0:
                 return lower, float(used)
         raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors whose sum is the float32 values to 2⁻¹⁶."""
+    high = values.bfloat16()
+    return high, (values - high).bfloat16()
 
 
 def _order_key(order: Tensor | None) -> bytes:
