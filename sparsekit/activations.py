@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.model import Call, ModelView
 from sparsekit.onepass import CalledAgain, one_pass
+from sparsekit.shortage import half, twice
 from sparsekit.stats import Statistic
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # enough to fill the unit, little enough for its memory
@@ -31,13 +32,17 @@ class Activations:
         calls: What else each block is called with, by micro-batch size.
         micro_batch: Windows a forward takes.
         block: Index of the block they enter.
+        tokens: What they come from, int [samples, seq_len].
+        remarks: What ran out of memory, for the report; whoever tells it takes it away.
     """
 
     view: ModelView
     hidden: Tensor
     calls: dict[int, list[Call]]
     micro_batch: int
+    tokens: Tensor
     block: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def begin(cls, view: ModelView, tokens: Tensor) -> Activations:
@@ -55,14 +60,23 @@ class Activations:
                 hidden = torch.empty(shape, dtype=entered.dtype, device=_home(shape, entered))
             hidden[start : start + len(part)] = entered
         assert hidden is not None  # a text entry holds at least one window
-        return cls(view, hidden, calls, micro_batch)
+        return cls(view, hidden, calls, micro_batch, tokens)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.micro_batch):
             yield slice(start, min(start + self.micro_batch, len(self.hidden)))
 
     def _enter(self, index: int, part: slice) -> tuple[Tensor, Call]:
-        return self.hidden[part].to(self.view.device), self.calls[part.stop - part.start][index]
+        size = part.stop - part.start
+        if size not in self.calls:  # after a shortage of memory
+            self.calls[size] = self.view.begin(self.tokens[:size].long().to(self.view.device))[1]
+        return self.hidden[part].to(self.view.device), self.calls[size][index]
+
+    def _smaller(self) -> None:
+        """Go on with half of the windows in a forward."""
+        before, self.micro_batch = self.micro_batch, half(self.micro_batch, "a forward through one block")
+        told = f"the device ran out of memory with {before} windows in a forward; {self.micro_batch} from there on"
+        self.remarks.append(told)
 
     def sample(self, index: int) -> tuple[Tensor, Call]:
         """The first micro-batch entering a block, to look at the block's structure."""
@@ -79,6 +93,11 @@ class Activations:
             kind: Of the statistic.
             finite: Leave tokens out that have an inf or NaN among their activations.
         """
+        return twice(lambda: self._collect(index, groups, kind, finite), self._smaller)
+
+    def _collect(
+        self, index: int, groups: Sequence[Sequence[str]], kind: type[Statistic], finite: bool
+    ) -> list[Statistic]:
         linears = self.view.linears(index)
         statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
         handles = [
@@ -97,8 +116,15 @@ class Activations:
         """Replace the buffer by what the resident block makes of it, unless `advance_settling` has done so."""
         if self.block > index:
             return
-        for part in self._batches():
-            self.hidden[part] = self._left(index, part)
+        start, samples = 0, len(self.hidden)
+        while start < samples:  # what is advanced already must not be once more
+
+            def step(start: int = start) -> int:
+                part = slice(start, min(start + self.micro_batch, samples))
+                self.hidden[part] = self._left(index, part)
+                return part.stop
+
+            start = twice(step, self._smaller)
         self.block = index + 1
 
     def advance_settling(
@@ -135,6 +161,9 @@ class Activations:
                 lambda group: settle(group, statistics[group]),
             )
         except CalledAgain:
+            return False
+        except torch.OutOfMemoryError:  # many micro-batches wait at once here; group by group takes less
+            self._smaller()
             return False
         for part, output in zip(batches, outputs, strict=True):
             self.hidden[part] = output

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparsekit.branch import Branch
 from sparsekit.errors import CheckpointError, NumericsError
+from sparsekit.kept import sealed, unsealed
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 
@@ -223,14 +224,8 @@ class StepStore:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """The step's record when it is finished, else None.
-
-        Raises:
-            CheckpointError: `DONE` is damaged.
-        """
-        path = self.directory / "DONE"
-        record: dict[str, Any] | None = read_json(path) if path.exists() else None
-        return record
+        """The step's record when it is finished, else None; a damaged `DONE` is none."""
+        return unsealed(self.directory / "DONE")
 
     def finished(self, fingerprint: str) -> dict[str, Any] | None:
         """The step's record if it is finished under this fingerprint and every file is intact.
@@ -259,7 +254,7 @@ class StepStore:
             str(path.relative_to(self.directory)): sha256_file(path)
             for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("block-*.json")])
         }
-        write_json(self.directory / "DONE", {"fingerprint": fingerprint, "result": result, "files": files})
+        write_json(self.directory / "DONE", sealed({"fingerprint": fingerprint, "result": result, "files": files}))
 
     def block_path(self, index: int) -> Path:
         """File of one block."""
@@ -272,16 +267,16 @@ class StepStore:
         """
         tensors, metadata = block_tensors(block, self.dtype)
         digest = write_tensors(self.block_path(index), tensors, metadata)
-        write_json(self.block_path(index).with_suffix(".json"), {"sha256": digest, "layers": layers})
+        write_json(self.block_path(index).with_suffix(".json"), sealed({"sha256": digest, "layers": layers}))
         return block_of_tensors(tensors, metadata)
 
     def block(self, index: int) -> BlockState | None:
         """A committed block, or None; one that fails its digest counts as absent and is removed."""
         path = self.block_path(index)
-        about = path.with_suffix(".json")
-        if not path.is_file() or not about.is_file():
+        about = unsealed(path.with_suffix(".json"))
+        if not path.is_file() or about is None:
             return None
-        if sha256_file(path) != read_json(about)["sha256"]:
+        if sha256_file(path) != about["sha256"]:
             path.unlink()
             return None
         return block_of_tensors(*read_tensors(path))

@@ -117,7 +117,8 @@ def token_windows(
         if not len(tokens):
             raise DataError(f"text {named} is empty")
         kept = tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens
-        write_tensors(path, {"tokens": torch.from_numpy(kept)}, {"text": named})
+        own = {"text": named, "sha256": hashlib.sha256(kept.tobytes()).hexdigest()}
+        write_tensors(path, {"tokens": torch.from_numpy(kept)}, own)
     if int(tokens.max()) >= vocabulary:
         raise DataError(
             f"the tokenizer does not belong to the model: it gives id {int(tokens.max())} on text {named}, "
@@ -285,7 +286,9 @@ def _cached(path: Path) -> Ids | None:
     if not path.exists():
         return None
     try:
-        kept: Ids = read_tensors(path)[0]["tokens"].numpy().astype(np.int32, copy=False)
+        tensors, about = read_tensors(path)
+        kept = tensors["tokens"].numpy()
+        whole = about["sha256"] == hashlib.sha256(kept.tobytes()).hexdigest()
     except (CheckpointError, KeyError):
         return None
-    return kept
+    return kept.astype(np.int32, copy=False) if whole else None

@@ -11,6 +11,7 @@
     │   ├── NumericsError     a Gram matrix or activation that defeats the whole ladder
     │   └── PatternError      a compressed layer does not hold the pattern it promised
     ├── CheckpointError       a file of a run or an export is damaged, foreign or in use
+    ├── ShortageError         the device has too little memory, also for the work in smaller parts
     └── GateError             a quality gate was missed (exit code 3)
 """
 
@@ -72,6 +73,10 @@ class PatternError(MethodError):
 
 class CheckpointError(SparsekitError):
     """A file of a run or an export is damaged, foreign or in use."""
+
+
+class ShortageError(SparsekitError):
+    """The device has too little memory, also for the work in smaller parts."""
 
 
 class GateError(SparsekitError):

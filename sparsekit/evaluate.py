@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsekit.errors import NumericsError
+from sparsekit.shortage import half, twice
 from sparsekit.zeroshot import lm_eval_scores
 
 __all__ = ["Agreement", "Agreements", "Score", "agreement", "lm_eval_scores", "perplexity", "window_losses"]
@@ -26,10 +27,12 @@ class Score:
     Attributes:
         losses: Mean next-token loss of every window in nats, float64 [windows].
         seq_len: Tokens of a window; the first is given, the others are predicted.
+        note: What went out of the ordinary.
     """
 
     losses: Tensor
     seq_len: int
+    note: str = ""
 
     @property
     def loss(self) -> float:
@@ -67,6 +70,7 @@ class Score:
             "seq_len": self.seq_len,
             "protocol": self.protocol,
             "window_losses": [round(loss, 6) for loss in self.losses.tolist()],
+            **({"note": self.note} if self.note else {}),
         }
 
 
@@ -83,16 +87,27 @@ def perplexity(
     Raises:
         NumericsError: A loss is not finite; the message gives the window.
     """
-    losses = []
-    for start in range(0, len(windows), batch):
+    losses: list[Tensor] = []
+    start, note = 0, ""
+
+    def smaller() -> None:
+        nonlocal batch, note
+        before, batch = batch, half(batch, "a forward")
+        note = f"the device ran out of memory with {before} windows in a forward; {batch} from window {start} on"
+
+    def score() -> Tensor:
         tokens = windows[start : start + batch]
-        found = window_losses(forward(tokens), tokens)
+        return window_losses(forward(tokens), tokens)
+
+    while start < len(windows):
+        found = twice(score, smaller)
         if not bool(found.isfinite().all()):
             first = start + int((~found.isfinite()).nonzero()[0])
             raise NumericsError(f"the loss on window {first} is not finite: the model's logits overflow or are NaN")
         losses.append(found)
-        progress(min(start + batch, len(windows)), len(windows))
-    return Score(torch.cat(losses), windows.shape[1])
+        start += len(found)
+        progress(start, len(windows))
+    return Score(torch.cat(losses), windows.shape[1], note)
 
 
 def window_losses(logits: Tensor, tokens: Tensor) -> Tensor:

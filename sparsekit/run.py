@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -38,6 +38,7 @@ from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.redo import redone, rounds, told, worst_layers
 from sparsekit.report import write_report
 from sparsekit.scoring import Scoring, Twin
+from sparsekit.shortage import named
 from sparsekit.step import params_pattern
 from sparsekit.training import Training
 from sparsekit.walk import Walk
@@ -141,7 +142,7 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Run what is not done, evaluate, export and report."""
-        with RunLock(self.directory):
+        with RunLock(self.directory), named():
             remove_temporaries(self.directory)
             write_text(self.directory / "recipe.yaml", self.recipe.resolved_yaml())
             chain = Chain(self.view)
@@ -317,7 +318,7 @@ class Run:
                 "share": coverage.share,
                 "total": coverage.total,
             },
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *_said(dense, {})],
             "dense": dense,
             "final": final,
             "steps": self.summaries,
@@ -451,6 +452,7 @@ def summarise(
         "before": dict(before),
         "perplexity": dict(after),
         "notes": [
+            *_said(after, result),
             *branch_note(layers, weights),
             *(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
         ],
@@ -465,6 +467,13 @@ def branch_note(layers: Sequence[Mapping[str, Any]], weights: int) -> list[str]:
     share = count / max(1, weights)
     told = f"low-rank branches: {count:,} dense parameters beside the linears' {weights:,} ({share:.1%})"
     return [f"{told}; the pattern of the weights alone is N:M, the model is N:M+LR"] if count else []
+
+
+def _said(scores: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
+    """What ran out of memory while training and measuring."""
+    if told := (result.get("training") or {}).get("out_of_memory"):
+        yield f"training: {told}"
+    yield from (f"perplexity on {name}: {score['note']}" for name, score in scores.items() if "note" in score)
 
 
 def environment(view: ModelView) -> dict[str, str]:

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparsekit.chain import Chain
-from sparsekit.checkpoint import read_json, sha256_file, write_json
+from sparsekit.checkpoint import sha256_file, write_json
 from sparsekit.data import entry_digest
 from sparsekit.evaluate import Agreements, lm_eval_scores, perplexity
+from sparsekit.kept import sealed, unsealed
 from sparsekit.model import ModelView
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.tasks import chosen, task_files
@@ -87,7 +88,7 @@ class Scoring:
         wanted = self.texts()
         agreeing = self.recipe.evaluate.agreeing if chain.stores else []
         path = directory / "perplexity.json"
-        known = read_json(path) if path.exists() else {}
+        known = unsealed(path) or {}
         kept = known.get("scores", {}) if known.get("of") == fingerprint else {}
         scores: dict[str, Any] = {
             name: kept[name]
@@ -103,8 +104,8 @@ class Scoring:
                 for name in missing:
                     scores[name] = self._score(forward, dense if name in agreeing else None, name)
         scores = {name: scores[name] for name in wanted}
-        if missing or not path.exists():
-            write_json(path, {"of": fingerprint, "texts": wanted, "scores": scores})
+        if missing or not known:
+            write_json(path, sealed({"of": fingerprint, "texts": wanted, "scores": scores}))
         return scores
 
     def _reference(self, agreeing: list[str]) -> AbstractContextManager[Forward | None]:
@@ -126,7 +127,7 @@ class Scoring:
             return {}
         asked = tasks_basis(self.recipe)
         path = directory / "tasks.json"
-        known = read_json(path) if path.exists() else {}
+        known = unsealed(path) or {}
         if known.get("of") == fingerprint and known.get("asked") == asked:
             scores: dict[str, Any] = known["scores"]
             return scores
@@ -141,7 +142,7 @@ class Scoring:
                 seed=self.recipe.seed,
                 allow_network=self.recipe.allow_network,
             )
-        write_json(path, {"of": fingerprint, "asked": asked, "scores": scores})
+        write_json(path, sealed({"of": fingerprint, "asked": asked, "scores": scores}))
         return scores
 
 

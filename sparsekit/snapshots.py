@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sparsekit.checkpoint import read_json, read_tensors, write_json
+from sparsekit.checkpoint import read_tensors, write_json
 from sparsekit.errors import CheckpointError
+from sparsekit.kept import checksum, sealed, unsealed
 from sparsekit.optim import SparseAdamW
 from sparsekit.world import World, first_row, local
 
@@ -59,10 +60,11 @@ class Snapshots:
         if self.world.size == 1:
             tensors = {key: value.contiguous() for key, value in optimizer.tensors().items()}
             save_atomically(stem.with_suffix(".safetensors"), tensors | kept)
+            about = {**about, "checksums": {key: checksum(value) for key, value in (tensors | kept).items()}}
         else:
             self._save_shards(stem.with_suffix(".shards"), optimizer.shared_tensors() | kept)
         if self.world.first:
-            write_json(stem.with_suffix(".json"), {"step": done, **about})
+            write_json(stem.with_suffix(".json"), sealed({"step": done, **about}))
             for old in self.directory.glob("step-*"):
                 if old.stem != stem.stem:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -85,21 +87,26 @@ class Snapshots:
     def restore(self, optimizer: SparseAdamW, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Load the newest whole checkpoint; returns its JSON and its sums, or None when there is none."""
         for about in sorted(self.directory.glob("step-*.json"), reverse=True):
+            described = unsealed(about)
+            if described is None:
+                continue
             try:
-                described, sums = read_json(about), self._load(about, optimizer)
+                sums = self._load(about, described, optimizer)
             except (CheckpointError, CheckpointException, KeyError, OSError, ValueError, SafetensorError):
                 continue  # half of it is missing, or another layout: the one before it, or the start
             optimizer.rewrite()
             return described, {name: value[0].to(device) for name, value in sums.items()}
         return None
 
-    def _load(self, about: Path, optimizer: SparseAdamW) -> dict[str, Tensor]:
+    def _load(self, about: Path, described: Mapping[str, Any], optimizer: SparseAdamW) -> dict[str, Tensor]:
         shards = about.with_suffix(".shards")
         if shards.is_dir():
             return self._load_shards(shards, optimizer)
         if self.world.size > 1:
             return _load_rows(about.with_suffix(".safetensors"), optimizer)
         tensors, _ = read_tensors(about.with_suffix(".safetensors"))
+        if described.get("checksums") != {key: checksum(value) for key, value in tensors.items()}:
+            raise CheckpointError(f"{about} is not of the tensors beside it")
         optimizer.load_tensors({key: value for key, value in tensors.items() if not key.startswith(SUM)})
         return {key.removeprefix(SUM): value for key, value in tensors.items() if key.startswith(SUM)}
 
@@ -145,9 +152,10 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary)
         _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the library's own error says which of the system's it was
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"cannot write {path}: {why or error}") from error
 
 
 def _sync(path: Path) -> None:

@@ -23,6 +23,7 @@ from sparsekit.distill import Objective, chunked_loss, headless, loss_reference,
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
 from sparsekit.optim import SparseAdamW, Step, clip_factor
+from sparsekit.shortage import half, twice
 from sparsekit.snapshots import Snapshots
 from sparsekit.state import LinearState
 from sparsekit.world import ALONE, World
@@ -212,6 +213,7 @@ class Fit:
     _heads: tuple[nn.Linear, nn.Linear] | None = field(default=None, init=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False)
     _saved_at: float = field(default=0.0, init=False)
+    _shortage: str = field(default="", init=False)
 
     def run(self) -> dict[str, Any]:
         """Train from the last checkpoint, or from the start, to the end.
@@ -249,6 +251,7 @@ class Fit:
             "tokens": steps * tokens_a_step,
             "tokens_per_second": here / seconds if here else 0.0,
             "chunked_loss": self._heads is not None,
+            **({"out_of_memory": self._shortage} if self._shortage else {}),
             **{key: value for key, value in record.items() if key in ("loss", "kl", "ce", "valid_perplexity")},
         }
 
@@ -273,18 +276,34 @@ class Fit:
         rows = job.world.share(job.tokens[windows_of(step, batch, len(job.tokens), job.seed)])
         if job.device.type == "cuda":
             rows = rows.pin_memory().to(job.device, non_blocking=True)
-        share = self.micro_batch / len(rows)
-        for part in torch.split(rows, self.micro_batch):
-            loss, kl, ce = self._loss(part.long())
-            (loss * share).backward()  # type: ignore[no-untyped-call]
-            for name, value in (("loss", loss.detach()), ("kl", kl), ("ce", ce)):
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * share
+        if job.world.size == 1:
+            sums = dict(self._sums)
+            twice(lambda: self._gradients(rows), lambda: self._smaller(step, len(rows), sums))
+        else:  # the other ranks would not know of a second try
+            self._gradients(rows)
         self.optimizer.take_gradients()
         factor, norm = clip_factor(self.optimizer.names.values(), self.clip, job.world)
         self.optimizer.advance(self.policy.numbers(step, lr), factor)
         self._sums["steps"] = self._sums.get("steps", torch.zeros_like(norm)) + 1
         self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros_like(norm)) + norm
         return self.policy.after(step)
+
+    def _gradients(self, rows: Tensor) -> None:
+        """Add the gradients of some windows [windows, seq_len], a micro-batch at a time."""
+        share = self.micro_batch / len(rows)
+        for part in torch.split(rows, self.micro_batch):
+            loss, kl, ce = self._loss(part.long())
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            for name, value in (("loss", loss.detach()), ("kl", kl), ("ce", ce)):
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * share
+
+    def _smaller(self, step: int, windows: int, sums: dict[str, Tensor]) -> None:
+        """Go on with half of the micro-batch, or the next smaller size that divides the batch; forget the first try."""
+        before, most = self.micro_batch, half(self.micro_batch, "a training step")
+        self.micro_batch = next(size for size in range(most, 0, -1) if windows % size == 0)
+        self._shortage = f"micro_batch {before} did not fit the device at step {step}; {self.micro_batch} from there on"
+        self._sums = sums
+        self.optimizer.zero_grad()
 
     def _loss(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy of some windows [windows, seq_len]."""

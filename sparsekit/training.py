@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +90,7 @@ class Training:
             self.noted(f"valid {record['valid_perplexity']:.2f} at {record['tokens'] / 1e6:.1f}M tokens")
         path = self.store.directory / "train.jsonl"
         if not self._log and path.exists():
-            self._log = [json.loads(line) for line in path.read_text().splitlines()]
+            self._log = _read_log(path)
         self._log = [*(old for old in self._log if old["step"] < record["step"]), record]
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._log))
 
@@ -108,3 +109,17 @@ class Training:
             inside |= block.params.keys()
             self.store.commit_block(index, BlockState(linears, params), records)
         self.store.commit_rest({name: value for name, value in trained.params.items() if name not in inside})
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log up to the first damaged one; it is for people, and no result depends on it."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        found.append(record)
+    return found

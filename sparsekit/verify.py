@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,6 +55,15 @@ class LayerRecord:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def as_json(records: Sequence[LayerRecord], remarks: list[str]) -> list[dict[str, Any]]:
+    """Records as JSON; the first takes the remarks about the whole block, which are cleared."""
+    found = [record.as_dict() for record in records]
+    if found and remarks:
+        found[0]["notes"] = [*found[0]["notes"], *remarks]
+        remarks.clear()
+    return found
 
 
 def verified(

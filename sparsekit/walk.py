@@ -28,7 +28,7 @@ from sparsekit.quant import QuantizedWeight
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic
-from sparsekit.verify import LayerRecord, verified
+from sparsekit.verify import LayerRecord, as_json, verified
 
 HOST = torch.device("cpu")
 
@@ -89,7 +89,7 @@ class Walk:
             if after is None:
                 self._records.clear()
                 block = self._compressed(index, self._given(index), stream)
-                after = self.store.commit_block(index, block, [record.as_dict() for record in self._records])
+                after = self.store.commit_block(index, block, as_json(self._records, stream.remarks if stream else []))
             if stream is not None and index + 1 < total:
                 with resident(self.view, index, after):
                     stream.advance(index)
