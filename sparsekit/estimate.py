@@ -170,6 +170,8 @@ class Estimator:
         host = memory.host_of_training(self.sizes, self.process)
         both = self.bench.forward_seconds(seq_len, backward=True)
         again = self.forward_seconds(seq_len) * (2 if given["checkpointing"] else 1)  # the teacher, and recomputation
+        if given["tokens"] is None:
+            return *self._split(memory.peak(moments), host), 60.0 * given["budget"].minutes
         steps = given["tokens"] / (given["batch"] * seq_len)
         rate = self.bench.bytes_per_second()
         losses = self.sizes.vocabulary * LOSS_TRAFFIC[self.view.device.type] / rate

@@ -20,14 +20,16 @@ import torch
 
 from sparsekit.distill import chunk_rows
 from sparsekit.evaluate import CHUNK
+from sparsekit.schedule import MICRO_BATCH_TOKENS
 from sparsekit.scoring import EVALUATION_TOKENS
 from sparsekit.shapes import BlockSizes, ModelSizes
 from sparsekit.stats import Gram, InputNorm
-from sparsekit.train import MICRO_BATCH_TOKENS
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at the first product
-FACTOR = 52  # bytes an entry of a Gram matrix: damped matrix, ridge, factor, identity, inverse, turned, float32
-FACTOR_KEPT = 4  # U in float32, kept for the other linears of the group
+# Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
+# float64, the float32 result. CUDA takes the root: the matrix, its rows and its columns in sweep order.
+FACTOR = {"cpu": 40, "cuda": 28}
+FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
 VERIFY = 20  # bytes a weight: before, after, change, change times Gram, their product
@@ -91,10 +93,10 @@ def statistic_bytes(kind: type[Any] | None, inputs: int) -> int:
 
 
 def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, tokens: int) -> int:
-    """What adding tokens to a statistic holds: |x| or x² in float32, and the product before it is added."""
-    wide = (4 if model.computed >= 4 else 8) * tokens * inputs
-    product = 4 * inputs * inputs if kind is Gram and model.cuda and model.computed < 4 else 0
-    return max(wide, product) if kind is not None else 0
+    """What adding tokens to a statistic holds: x and |x| or x² in float32; on CUDA a Gram's product."""
+    if kind is Gram and model.cuda:
+        return 4 * inputs * inputs if model.computed < 4 else 0
+    return (4 if model.computed >= 4 else 8) * tokens * inputs if kind is not None else 0
 
 
 def walk_moments(
@@ -136,12 +138,14 @@ def walk_moments(
             update = Part("adding to a statistic", "T · (3d + n) · c, and |x| in float32", adding)
             moments.append(Moment("collecting", [*held, weights, statistics, update]))
         resident = [weights] if in_order or method == "awq" else []
-        for name, parts in _solving(block, method, kind):
+        for name, parts in _solving(model, block, method, kind):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
 
 
-def _solving(block: BlockSizes, method: str, kind: type[Any] | None) -> list[tuple[str, list[Part]]]:
+def _solving(
+    model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None
+) -> list[tuple[str, list[Part]]]:
     """What a method holds while it works on the linears of a block."""
     found, kept = list[tuple[str, list[Part]]](), 0
     solves = kind is Gram and method in ("gptq", "sparsegpt")
@@ -149,14 +153,15 @@ def _solving(block: BlockSizes, method: str, kind: type[Any] | None) -> list[tup
         n = block.linears[group[0]][1]
         factors = Part("factors of earlier groups", "Σ 4n²", kept)
         if solves:
-            found.append(("factoring", [factors, Part("factor in float64", f"{FACTOR}n²", FACTOR * n * n)]))
+            each = FACTOR["cuda" if model.cuda else "cpu"]
+            found.append(("factoring", [factors, Part("factor in float64", f"{each}n²", each * n * n)]))
             kept += FACTOR_KEPT * n * n
         size = max(block.linears[name][0] for name in group) * n
         own = Part("factors", "Σ 4n²", kept)
         each = SWEEP.get(method, SCORE)
         found.append(("solving a layer", [own, Part("one linear at work", f"{each}N", each * size)]))
-        matrix = 4 * n * n if kind is Gram else 0
-        found.append(("verifying", [own, Part("error of one linear", f"{VERIFY}N + 4n²", VERIFY * size + matrix)]))
+        matrix = (8 if model.cuda else 4) * n * n if kind is Gram else 0
+        found.append(("verifying", [own, Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)]))
     return found
 
 

@@ -7,7 +7,8 @@ module is changed and no autograd function is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,14 @@ from sparsekit.lowbits import (
     widened,
 )
 from sparsekit.pattern import Pattern
-from sparsekit.update import DecayRule, Rule, SecondMoment, Step, adamw_, refreshed, widest
+from sparsekit.scaling import check_parts, first_scale, scaled, split_gradient
+from sparsekit.update import DecayRule, Rule, SecondMoment, Step, adamw_, clip_factor, refreshed, widest
 from sparsekit.world import ALONE, World, as_sharded, local, rows_of, whole
 
 __all__ = ["DecayRule", "Rule", "SecondMoment", "SparseAdamW", "Step", "adamw_", "clip_factor", "refreshed"]
 
 
+MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "scale_avg", "scale_avg_sq"}
 SCALE_OF = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 
 
@@ -102,6 +105,9 @@ class SparseAdamW:
             first = rows_of(mask, self.parameters[name]).to(device)
             state["mask"] = first.clone(memory_format=torch.contiguous_format)
             state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
+            if self.rule.scaling:
+                check_parts(name, parameter.shape[1], self.rule.scaling, self.pattern)
+                state |= first_scale(parameter, self.rule.scaling)
         # float64 parameters, of tests only, keep float64 state
         master = parameter.dtype if parameter.dtype == torch.float64 else self.memory.master_dtype
         if mask is not None or parameter.dtype != master:
@@ -119,11 +125,16 @@ class SparseAdamW:
         state = self.state[parameter]
         if "dense" not in state:
             return
-        weight = state["dense"]
-        if "mask" in state and self.masked:
-            weight = weight.masked_fill(~state["mask"], 0.0)
+        weight = self._computed(state)
+        if "scale" in state:
+            weight = scaled(weight, state["scale"])
         with torch.no_grad():
             parameter.copy_(weight)
+
+    def _computed(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight, or what of it the model computes with."""
+        weight = state["dense"]
+        return weight.masked_fill(~state["mask"], 0.0) if "mask" in state and self.masked else weight
 
     def advance(self, step: Step, clip: Tensor | None = None) -> None:
         """One update of every parameter that has a gradient, then new masks if the step says so.
@@ -151,6 +162,10 @@ class SparseAdamW:
     def _update(self, index: int, parameter: Tensor, grad: Tensor, step: Step) -> None:
         """One step of one parameter's state; the reference of the fused kernel in every precision."""
         state, memory = self.state[parameter], self.memory
+        if "scale" in state:
+            grad, of_scale = split_gradient(grad, self._computed(state), state["scale"])
+            moments = state["scale_avg"], state["scale_avg_sq"]
+            adamw_(state["scale"], of_scale, *moments, None, self.rule, replace(step, weight_decay=0.0))
         weight, mask = state["dense"] if "dense" in state else parameter.detach(), state.get("mask")
         if memory.plain:
             adamw_(weight, grad, state["exp_avg"], state["exp_avg_sq"], mask, self.rule, step)
@@ -175,6 +190,17 @@ class SparseAdamW:
         """Drop every gradient."""
         for parameter in (*self.names.values(), *self.parameters.values()):
             parameter.grad = None
+
+    def forget(self) -> None:
+        """Empty both moments, as before the first step."""
+        for state in self.state.values():
+            for key in MOMENTS & state.keys():
+                state[key].zero_()
+
+    @property
+    def moved(self) -> bool:
+        """Whether any second moment is not 0, as after every step; of the rows that are here."""
+        return any(bool(state["exp_avg_sq"].any()) for state in self.state.values())
 
     def take_gradients(self) -> None:
         """Give the rows that are here the gradients that the backward has left in a sharded model."""
@@ -216,9 +242,12 @@ class SparseAdamW:
             self._write(self.names[name])
 
     def weight(self, name: str) -> Tensor:
-        """The whole float32 weight of a parameter, dense also where it is sparse."""
+        """The whole float32 weight of a parameter with its scales, dense also where it is sparse."""
         parameter = self.names[name]
-        dense: Tensor = self.state[parameter].get("dense", parameter.detach())
+        state = self.state[parameter]
+        dense: Tensor = state.get("dense", parameter.detach())
+        if "scale" in state:
+            dense = scaled(dense, state["scale"])
         return whole(as_sharded(dense, self.parameters[name])).float()
 
     def mask(self, name: str) -> Tensor:
@@ -282,22 +311,3 @@ class SparseAdamW:
 def _no_flips(device: torch.device) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     return counts[0], counts[1]
-
-
-def clip_factor(parameters: Iterable[Tensor], limit: float, world: World = ALONE) -> tuple[Tensor, Tensor]:
-    """What gradients must be multiplied by so that their global norm is at most `limit`.
-
-    Args:
-        parameters: Of this rank.
-        limit: Of the norm over all ranks.
-        world: The ranks.
-    Returns:
-        The factor and the norm, float32 scalars on the device; nothing is read on the host.
-    """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    norms = torch._foreach_norm(grads, 2, dtype)
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-    if world.size > 1:
-        norm = world.sum(norm.square()).sqrt()
-    return (limit / (norm + 1e-6)).clamp(max=1.0), norm

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,6 +29,7 @@ from sparsekit.stats import Statistic
 Kind = Literal["prune", "train", "quantize", "allocate"]
 Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
+Check = Callable[[Mapping[str, Any]], tuple[str, str] | None]
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
 NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
@@ -51,6 +52,7 @@ class Method:
         parameters: pydantic model of its keyword-only parameters; unknown keys are errors.
         origin: Where it was loaded from.
         digest: sha256 of the file that defines it, part of every fingerprint.
+        check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
         dense: The linears it is given carry their dense values, `LinearState.dense`.
     """
 
@@ -63,6 +65,7 @@ class Method:
     origin: str
     digest: str
     dense: bool = False
+    check: Check | None = None
 
     @property
     def built_in(self) -> bool:
@@ -209,9 +212,15 @@ def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None)
     return _decorator(name, kind, "group", stats)
 
 
-def model_method(name: str, *, kind: Kind) -> Callable[[F], F]:
-    """Register `f(job: TrainJob, /, *, params) -> None`, called once with the whole model."""
-    return _decorator(name, kind, "model", None)
+def model_method(name: str, *, kind: Kind, check: Check | None = None) -> Callable[[F], F]:
+    """Register `f(job: TrainJob, /, *, params) -> Trained`, called once with the whole model.
+
+    Args:
+        name: What a recipe writes after `method:`.
+        kind: See `Method`.
+        check: Given all parameters, what is wrong between them: (parameter, message), or None.
+    """
+    return _decorator(name, kind, "model", None, check=check)
 
 
 def allocation_method(name: str, *, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -224,10 +233,15 @@ def allocation_method(name: str, *, stats: type[Statistic] | None = None) -> Cal
 
 
 def _decorator(
-    name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, dense: bool = False
+    name: str,
+    kind: Kind,
+    scope: Scope,
+    stats: type[Statistic] | None,
+    dense: bool = False,
+    check: Check | None = None,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
-        METHODS.register(replace(_method(name, kind, scope, stats, function), dense=dense))
+        METHODS.register(replace(_method(name, kind, scope, stats, function), dense=dense, check=check))
         return function
 
     return register

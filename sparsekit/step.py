@@ -95,6 +95,9 @@ class Step:
         values = {name: getattr(read, name) for name in method.parameters.model_fields}
         if by_sparsity:
             values["pattern"] = _agreed(values["pattern"] if "pattern" in raw else None, read.sparsity)
+        wrong = method.check(values) if method.check is not None else None
+        if wrong is not None:
+            raise _error((wrong[0],) if wrong[0] in raw else (), wrong[1], raw.get(wrong[0]))
         written = frozenset(name for name in method.parameters.model_fields if name in given)
         params = method.parameters.model_construct(set(written), **values)
         schedule: Schedule = read.schedule if has_schedule(method) else "block"

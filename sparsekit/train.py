@@ -9,176 +9,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.blocks import block_outputs, compiled, recomputed, square_head
+from sparsekit.checkpoint import read_json, write_json
 from sparsekit.distill import Objective, chunked_loss, headless, loss_reference, next_token_targets, plain_head
-from sparsekit.errors import MethodError
+from sparsekit.errors import CheckpointError, MethodError
+from sparsekit.job import Policy, Trained, TrainJob
 from sparsekit.kernels import Kernels
-from sparsekit.optim import SparseAdamW, Step, clip_factor
 from sparsekit.shortage import half, twice
+from sparsekit.optim import SparseAdamW, Step, clip_factor
+from sparsekit.schedule import Schedule, steps_in, windows_of
 from sparsekit.snapshots import Snapshots
-from sparsekit.state import LinearState
-from sparsekit.world import ALONE, World
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to fill the unit
+__all__ = ["Fit", "Policy", "TrainJob", "Trained", "mean_loss"]
+
 CHECKPOINT_SECONDS = 120.0
+LENGTH = "length.json"  # number of steps of a run that a budget in minutes sized
+WARMED, MEASURED = 3, 4  # steps before and in the measurement of a step
 ASKED = 10  # steps between questions whether it is time, when several processes must agree
 LOGGED = 100  # lines of the log of a whole run, about
 VALIDATED = 10  # held-out scores of a whole run
-
-
-@dataclass(frozen=True, slots=True)
-class TrainJob:
-    """What a method of scope model is given.
-
-    Attributes:
-        student: The model to train, in the precision it computes in; parameters require no gradient yet.
-        teacher: The dense original, frozen, in eval mode.
-        linears: The linears to make sparse, by full name; their parameters are called `NAME.weight`.
-        tokens: Training windows, int [windows, seq_len], on the host.
-        valid: Held-out windows for the log, or None.
-        seed: Of the order of windows.
-        directory: Where checkpoints go; it is the method's own.
-        log: Takes one record of the log.
-        progress: Called with (tokens done, tokens in all).
-        world: The processes that do this job together, each with whole models until the method shards
-            them. All are given the same; `log` and `progress` of the first one count.
-    """
-
-    student: nn.Module
-    teacher: nn.Module
-    linears: Mapping[str, LinearState]
-    tokens: Tensor
-    valid: Tensor | None
-    seed: int
-    directory: Path
-    log: Callable[[dict[str, Any]], None]
-    progress: Callable[[int, int], None]
-    world: World = ALONE
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models are."""
-        return next(self.student.parameters()).device
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a method of scope model returns.
-
-    Attributes:
-        linears: State of every linear it was given.
-        params: Every other parameter of the model by full name.
-        metrics: Figures for the report.
-    """
-
-    linears: Mapping[str, LinearState]
-    params: Mapping[str, Tensor]
-    metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long a run is and how its learning rate goes.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch: Windows of one step.
-        lr: Highest learning rate.
-        warmup: Share of the steps over which it rises from 0.
-        floor: Share of `lr` it falls to.
-        shape: How it falls after the warm-up: along a cosine, or only in the last 20 % (`wsd`).
-    """
-
-    steps: int
-    batch: int
-    lr: float
-    warmup: float = 0.05
-    floor: float = 0.1
-    shape: Literal["cosine", "wsd"] = "cosine"
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step counted from 0."""
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        if self.shape == "wsd":
-            falling = max(1, round(0.2 * self.steps))
-            done = max(0.0, (step - (self.steps - falling)) / falling)
-            return self.lr * (1 - (1 - self.floor) * done)
-        done = (step - rising) / max(1, self.steps - rising)
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def steps_of(tokens: int, windows: Tensor, batch: int) -> int:
-    """Optimizer steps that read so many tokens.
-
-    Raises:
-        MethodError: That is less than one step.
-    """
-    a_step = batch * windows.shape[1]
-    if tokens < a_step:
-        raise MethodError(f"tokens {tokens:,} is less than one step of {batch} x {windows.shape[1]} = {a_step:,}")
-    return tokens // a_step
-
-
-class Policy(Protocol):
-    """What a method decides at each step."""
-
-    def numbers(self, step: int, lr: float) -> Step:
-        """Learning rate, decay and so on of a step counted from 0."""
-        ...
-
-    def after(self, step: int) -> dict[str, Tensor]:
-        """Called when a step is done, to change masks; returns what to log."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What it must remember across a restart, as JSON."""
-        ...
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state`."""
-        ...
-
-
-def windows_of(step: int, batch: int, count: int, seed: int) -> Tensor:
-    """Which windows a step reads: every window once an epoch, in an order drawn anew for each.
-
-    It depends on nothing but its arguments, so a restart needs no cursor.
-
-    Args:
-        step: Counted from 0.
-        batch: Windows of a step.
-        count: Windows there are.
-        seed: Of the order.
-    Returns:
-        int64 [batch].
-    """
-    found: list[Tensor] = []
-    position, wanted = step * batch, batch
-    while wanted:
-        epoch, start = divmod(position, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        part = order[start : start + wanted]
-        found.append(part)
-        position += len(part)
-        wanted -= len(part)
-    return torch.cat(found)
-
-
-def micro_batch_of(windows: Tensor, batch: int, device: torch.device) -> int:
-    """Windows of one forward when the recipe does not say: what fills the device, and divides the batch."""
-    most = max(1, min(batch, MICRO_BATCH_TOKENS[device.type] // windows.shape[1]))
-    return next(size for size in range(most, 0, -1) if batch % size == 0)
 
 
 @dataclass(slots=True)
@@ -197,6 +54,8 @@ class Fit:
         compile: Compile the blocks of both models with torch.compile.
         checkpointing: Compute the student's blocks again in the backward instead of keeping what they made.
         kernels: Whether a Triton kernel computes the loss on CUDA.
+        minutes: Take as many steps as fit into so many minutes, whatever the schedule says; the first run
+            measures a few and writes the number down, so that a restart has the same.
     """
 
     job: TrainJob
@@ -210,6 +69,7 @@ class Fit:
     compile: bool = False
     checkpointing: bool = False
     kernels: Kernels = "auto"
+    minutes: float | None = None
     _heads: tuple[nn.Linear, nn.Linear] | None = field(default=None, init=False)
     _sums: dict[str, Tensor] = field(default_factory=dict, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -221,19 +81,21 @@ class Fit:
         Returns:
             Figures of the run: steps, tokens, tokens a second, last losses.
         """
-        job, steps = self.job, self.schedule.steps
+        job, began = self.job, time.monotonic()
         self._check_batch()
         job.student.train(False)  # dropout stays off: the student is compared with a teacher that has none
         job.teacher.train(False).requires_grad_(False)
         self._heads = self._plain_heads()
-        first = self._restore()
         tokens_a_step = self.schedule.batch * job.tokens.shape[1]
-        log_every = max(1, steps // LOGGED)
-        valid_every = max(1, steps // VALIDATED)
-        self._saved_at = start = time.monotonic()
         record: dict[str, Any] = {}
         # recomputation inside, so that the compiler sees it and plans with it
         with recomputed(job.student, self.checkpointing), compiled((job.student, job.teacher), self.compile):
+            if self.minutes is not None:
+                self._size(self.minutes, began)
+            steps, first = self.schedule.steps, self._restore()
+            log_every = max(1, steps // LOGGED)
+            valid_every = max(1, steps // VALIDATED)
+            self._saved_at = start = time.monotonic()
             for step in range(first, steps):
                 lr = self.schedule.lr_at(step)
                 noted = self._step(step, lr)
@@ -269,8 +131,48 @@ class Fit:
         self.job.world.rest(self.job.student)
         return (student, teacher) if student is not None and teacher is not None else None
 
+    def _size(self, minutes: float, began: float) -> None:
+        """Read how many steps the run has, or measure it.
+
+        The number is rounded down to whole steps of `MEASURED` steps' mean time, and belongs to the run
+        from then on: another machine that goes on with it takes as many.
+        """
+        path = self.job.directory / LENGTH
+        if not path.exists():
+            a_step = self._seconds_a_step()
+            steps = steps_in(minutes, self.job.world.told(time.monotonic() - began), self.job.world.told(a_step))
+            if self.job.world.first:
+                write_json(path, {"steps": steps, "seconds_a_step": a_step})
+            self.job.world.wait()
+        steps = int(read_json(path)["steps"])
+        self.schedule = replace(self.schedule, steps=steps)
+        self.policy.resize(steps)
+
+    def _seconds_a_step(self) -> float:
+        """Time of whole steps at a learning rate of 0, which leave no trace."""
+        for number in range(WARMED + MEASURED):
+            if number == WARMED:
+                self.job.world.wait()
+                _finished(self.job.device)
+                start = time.monotonic()
+            factor, _ = self._gradients(number)
+            self.optimizer.advance(Step(1, lr=0.0), factor)
+        _finished(self.job.device)
+        seconds = (time.monotonic() - start) / MEASURED
+        self.optimizer.forget()
+        self._sums.clear()
+        return seconds
+
     def _step(self, step: int, lr: float) -> dict[str, Tensor]:
         """Gradients of a batch, clip, update; returns what the policy wants logged."""
+        factor, norm = self._gradients(step)
+        self.optimizer.advance(self.policy.numbers(step, lr), factor)
+        self._sums["steps"] = self._sums.get("steps", torch.zeros_like(norm)) + 1
+        self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros_like(norm)) + norm
+        return self.policy.after(step)
+
+    def _gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Gradients of a batch; returns what they are to be multiplied by, and their norm."""
         job, batch = self.job, self.schedule.batch
         self.optimizer.zero_grad()  # before the forward: FSDP2 breaks when it stands later
         rows = job.world.share(job.tokens[windows_of(step, batch, len(job.tokens), job.seed)])
@@ -282,11 +184,7 @@ class Fit:
         else:  # the other ranks would not know of a second try
             self._gradients(rows)
         self.optimizer.take_gradients()
-        factor, norm = clip_factor(self.optimizer.names.values(), self.clip, job.world)
-        self.optimizer.advance(self.policy.numbers(step, lr), factor)
-        self._sums["steps"] = self._sums.get("steps", torch.zeros_like(norm)) + 1
-        self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros_like(norm)) + norm
-        return self.policy.after(step)
+        return clip_factor(self.optimizer.names.values(), self.clip, job.world)
 
     def _gradients(self, rows: Tensor) -> None:
         """Add the gradients of some windows [windows, seq_len], a micro-batch at a time."""
@@ -364,7 +262,8 @@ class Fit:
 
     def _save(self, done: int) -> None:
         self._sums = self.job.world.means(self._sums)
-        self.snapshots.save(done, self.optimizer, self._sums, {"policy": self.policy.state()})
+        about = {"steps": self.schedule.steps, "policy": self.policy.state()}
+        self.snapshots.save(done, self.optimizer, self._sums, about)
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns the step to go on with."""
@@ -372,6 +271,12 @@ class Fit:
         if found is None:
             return 0
         described, self._sums = found
+        if described["steps"] != self.schedule.steps:
+            raise CheckpointError(
+                f"{self.job.directory} is of a run of {described['steps']} steps, not {self.schedule.steps}; remove it"
+            )
+        if not self.optimizer.moved:
+            raise CheckpointError(f"{self.job.directory}: every second moment is 0 after {described['step']} steps")
         self.policy.restore(described["policy"])
         return int(described["step"])
 
@@ -379,6 +284,11 @@ class Fit:
     def snapshots(self) -> Snapshots:
         """The checkpoints of this run."""
         return Snapshots(self.job.directory, self.job.world)
+
+
+def _finished(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ It is what the fused kernel of `kernels/adamw.py` is tested against, and what ru
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pattern import Pattern
+from sparsekit.world import ALONE, World
 
 SecondMoment = Literal["momentum", "gradient"]
 DecayRule = Literal["l2", "l1"]
@@ -28,6 +30,7 @@ class Rule:
             paper's form) or of the `gradient` with the same pull (AdamW where a weight is kept). Ordinary
             parameters always use the gradient.
         decay_rule: `l2` pulls a pruned weight by λ·w, `l1` mixes λ·sign(w) into its momentum.
+        scaling: Learned scales of a row of a sparse weight, see `scaling`; 0 for none.
         masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
     """
 
@@ -35,6 +38,7 @@ class Rule:
     eps: float = 1e-8
     second_moment: SecondMoment = "momentum"
     decay_rule: DecayRule = "l2"
+    scaling: int = 0
     masked: bool = True
 
 
@@ -142,3 +146,22 @@ def refreshed(weight: Tensor, mask: Tensor, pattern: Pattern, importance: Tensor
     if hysteresis:
         score = torch.where(mask, score * (1 + hysteresis), score)
     return pattern.keep(score)
+
+
+def clip_factor(parameters: Iterable[Tensor], limit: float, world: World = ALONE) -> tuple[Tensor, Tensor]:
+    """What gradients must be multiplied by so that their global norm is at most `limit`.
+
+    Args:
+        parameters: Of this rank.
+        limit: Of the norm over all ranks.
+        world: The ranks.
+    Returns:
+        The factor and the norm, float32 scalars on the device; nothing is read on the host.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    norms = torch._foreach_norm(grads, 2, dtype)
+    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+    if world.size > 1:
+        norm = world.sum(norm.square()).sqrt()
+    return (limit / (norm + 1e-6)).clamp(max=1.0), norm

@@ -144,7 +144,7 @@ def as_sharded(part: Tensor, parameter: Tensor) -> Tensor:
     """State of a sharded parameter as one tensor of all ranks, sharing the part's memory.
 
     Args:
-        part: Of the parameter's local shape, or flat with a fixed number of entries for each element.
+        part: Contiguous, with the parameter's local rows, or flat with a fixed number of entries for each element.
         parameter: The parameter.
     Raises:
         MethodError: It is flat and the ranks' parts do not join into the flat whole.
@@ -152,8 +152,9 @@ def as_sharded(part: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return part
     own, mesh = local(parameter), parameter.device_mesh
-    if part.shape == own.shape:
-        shape, stride = parameter.shape, parameter.stride()
+    if part.dim() == own.dim() and len(part) == len(own):
+        shape = torch.Size([len(parameter), *part.shape[1:]])
+        stride = part.stride()
     else:
         shape, stride = torch.Size([len(part) * mesh.size()]), (1,)
         if own.numel() * mesh.size() != parameter.numel() or own.numel() % BLOCK:

@@ -48,7 +48,8 @@ from sparsekit.lowbits import Memory
 from sparsekit.methods.ast import AstPolicy
 from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
-from sparsekit.train import Fit, Schedule, TrainJob
+from sparsekit.schedule import Schedule
+from sparsekit.train import Fit, TrainJob
 
 GIB = 2**30
 PATTERN = Pattern(2, 4)
@@ -282,6 +283,9 @@ class DenseOptimizer:
     def zero_grad(self) -> None:
         """Drop every gradient."""
         self.inner.zero_grad(set_to_none=True)
+
+    def take_gradients(self) -> None:
+        """They are where they belong: nothing is sharded."""
 
     def advance(self, step: Step, clip: Tensor) -> None:
         """One step at the learning rate of `step`."""

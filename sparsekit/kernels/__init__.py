@@ -74,7 +74,8 @@ def fused_optimizer(
         memory: Precision of the state.
     """
     device = next(iter(names.values())).device
-    if not runs_triton(kernels, device, _why_not_fused(names, memory)):
+    reason = "learned scales of rows have no kernel" if rule.scaling else _why_not_fused(names, memory)
+    if not runs_triton(kernels, device, reason):
         return None
     from sparsekit.kernels.adamw import FusedAdamW  # noqa: PLC0415 - imports Triton
 

@@ -1,5 +1,6 @@
 """What the ranks of `test_ast_ranks.py` do; started by torch.distributed.run with DIRECTORY as its argument."""
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -26,6 +27,25 @@ def stopping(done, total):
         raise Stopped
 
 
+def watched(model, linears):
+    """Digests of the masks that a training forward computes with, one for each change."""
+    seen = []
+
+    def look(module, arguments):
+        if torch.is_grad_enabled():
+            mask = (module.weight.detach() != 0).to(torch.uint8)
+            digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+            if not seen or seen[-1] != digest:
+                seen.append(digest)
+
+    dict(model.named_modules())[name_of_last(linears)].register_forward_pre_hook(look)
+    return seen
+
+
+def name_of_last(linears):
+    return list(linears)[-1]
+
+
 def precise_job(directory, world=ALONE, stop=False):
     """A float64 Llama with tied embeddings."""
     job = make_job(directory, family="llama", tied=True)
@@ -37,8 +57,9 @@ def precise_job(directory, world=ALONE, stop=False):
 def finished(directory, world=ALONE, **options):
     """Train to the end; write losses, masks and weights."""
     job = precise_job(directory / "checkpoint", world)
-    log = []
+    log, seen = [], watched(job.student, job.linears)
     trained = ast(replace(job, log=log.append), **SETTINGS, **options)
+    (directory / f"masks-{world.rank}.json").write_text(json.dumps(seen))
     if world.first:
         tensors = {f"weight/{name}": state.weight for name, state in trained.linears.items()}
         tensors |= {f"mask/{name}": state.mask for name, state in trained.linears.items()}

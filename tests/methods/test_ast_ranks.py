@@ -68,6 +68,13 @@ def test_two_ranks_compute_what_one_computes(runs):
     assert log_of(runs / "one")[-1]["initial_flip_rate"] > 0
 
 
+def test_all_ranks_compute_with_the_same_masks_at_every_step(runs):
+    told = ("one/masks-0.json", "two/masks-0.json", "two/masks-1.json")
+    alone, first, second = (json.loads((runs / path).read_text()) for path in told)
+    assert first == second == alone
+    assert len(alone) > 2  # they were chosen again
+
+
 def test_a_run_of_two_ranks_goes_on_alone(runs):
     assert_equal_runs(runs / "two-then-one", runs / "one", first_step=KEPT - 1)  # a step is saved once it was told
 
