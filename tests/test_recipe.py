@@ -16,6 +16,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.recipe import Recipe, TextEntry, read_recipe, recipe_schema
 from sparsekit.registry import BUILT_IN, METHODS, linear_method, model_method
 from sparsekit.state import LinearState
+from sparsekit.variants import read_arms
 
 ROOT = Path(__file__).parents[1]
 GOOD = """\
@@ -61,12 +62,13 @@ def fake_train(job: Any, /, *, tokens: int, schedule: str = "cosine") -> None:
 def _methods():
     """Two methods with awkward parameters, and no trace of a test's methods after it."""
     METHODS.names()
-    before = set(METHODS._methods)
+    before, loaded = set(METHODS._methods), set(METHODS._loaded)
     linear_method("fake_prune", kind="prune")(fake_prune)
     model_method("fake_train", kind="train")(fake_train)
     yield
     for name in set(METHODS._methods) - before - set(BUILT_IN):
         del METHODS._methods[name]
+    METHODS._loaded = {each for each in METHODS._loaded if each in loaded or each.startswith("sparsekit.methods.")}
 
 
 def read(tmp_path: Path, text: str | bytes, *overrides: str) -> Recipe:
@@ -83,13 +85,20 @@ def changed(old: str, new: str) -> str:
 # good recipes
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_project_reads_and_resolves(path, tmp_path, monkeypatch):
-    recipe = read_recipe(path)
+    for recipe in read_arms([path]).recipes.values() if "\nvariants:" in path.read_text() else [read_recipe(path)]:
+        reads_and_resolves(recipe, tmp_path, monkeypatch)
+
+
+def reads_and_resolves(recipe, tmp_path, monkeypatch):
     assert recipe.steps
     monkeypatch.chdir(tmp_path)
     text = recipe.resolved_yaml()
-    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub").mkdir(exist_ok=True)
     (tmp_path / "sub" / "resolved.yaml").write_text(text)
     again = read_recipe(tmp_path / "sub" / "resolved.yaml")
     assert again.resolved_yaml() == text
