@@ -175,7 +175,7 @@ def plugin_figures() -> str:
     parts = []
     for result in json.loads(found.read_text()):
         sparsity = "sparsity 0.7 without positions" if result["comparison"] == "70" else "2:4"
-        windows = "all" if result["windows"] == "all" else f"the first {result['windows']}"
+        windows = "all" if result["windows"] == "all" else f"{result['windows']} (seed 0)"
         device = result["environment"]["device"]
         protocol = f"models/base to {sparsity}, {result['calibration']} calibration windows of 1024 tokens"
         recipe = f"`recipes/plugins/{result['recipe']}.yaml`"
