@@ -31,9 +31,10 @@ from sparsekit.kernels.oneshot import settle_kernel
 from sparsekit.ladder import damping_note, dead_note
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
+from sparsekit.root import Root
 from sparsekit.solve import spans
 from sparsekit.state import LinearState
-from sparsekit.stats import Gram, Root
+from sparsekit.stats import Gram
 from sparsekit.work import Work, kept
 
 BLOCK = 128  # columns between two updates of all columns to come: both papers' value

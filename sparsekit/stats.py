@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericsError
+from sparsekit.root import Root
 
+CORE_TOKENS = 128  # tokens that tensor cores add up without rounding losses that show (kernels/products.py)
+PRODUCT_BYTES = 2**28  # of the partial sums that are held at a time
 DAMP_LADDER = (1, 3, 10, 30, 100)  # multiples of the asked damping, tried in this order
 
 
@@ -85,36 +87,6 @@ class InputNorm:
         return other
 
 
-class Root:
-    """The upper root G of a damped Gram matrix, H = G Gᵀ.
-
-    Attributes:
-        matrix: G, float32 [in, in].
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self._inverses: dict[tuple[tuple[int, int], ...], dict[int, Tensor]] = {}
-
-    def to(self, dtype: torch.dtype) -> Root:
-        """In another dtype."""
-        return self if self.matrix.dtype == dtype else Root(self.matrix.to(dtype))
-
-    def inverses(self, blocks: Sequence[tuple[int, int]]) -> dict[int, Tensor]:
-        """Inverses of some diagonal blocks by first column, contiguous by columns; those of one size in one call."""
-        key = tuple(blocks)
-        if key not in self._inverses:
-            found: dict[int, Tensor] = {}
-            for size in {stop - start for start, stop in blocks}:
-                starts = [start for start, stop in blocks if stop - start == size]
-                stack = torch.stack([self.matrix[at : at + size, at : at + size] for at in starts]).double()
-                eye = torch.eye(size, dtype=stack.dtype, device=stack.device).expand_as(stack)
-                inverse = torch.linalg.solve_triangular(stack, eye, upper=True).to(self.matrix.dtype)
-                found |= zip(starts, inverse.mT.contiguous().mT, strict=True)
-            self._inverses[key] = found
-        return self._inverses[key]
-
-
 class Gram:
     """Sum of x xᵀ over tokens, and what is derived from it.
 
@@ -125,7 +97,8 @@ class Gram:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._upper = False  # only the upper triangle of the sum is up to date
         self.absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.ladder: tuple[int, ...] = DAMP_LADDER  # multiples of the asked damping that may be used
         self._factors: dict[tuple[float, bytes], tuple[Tensor, float]] = {}
@@ -139,7 +112,7 @@ class Gram:
     def update(self, x: Tensor) -> None:
         """Add tokens [tokens, in]."""
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            self.sum += torch.mm(x.t(), x, out_dtype=torch.float32)
+            self._add_narrow(x.contiguous())
         else:
             wide = x.float()
             self.sum.addmm_(wide.t(), wide)
@@ -148,6 +121,34 @@ class Gram:
         else:
             self.absolute += x.float().abs().sum(0)
         self.tokens += x.shape[0]
+
+    def _add_narrow(self, x: Tensor) -> None:
+        """Add tokens of 16 bits, a few at a time: a long sum in a tensor core comes out too small."""
+        from sparsekit.kernels.oneshot import gram_kernel  # noqa: PLC0415 - the kernels know methods' values
+
+        if kernel := gram_kernel("auto", x):
+            kernel(x, self._sum)
+            self._upper = True
+            return
+        size = CORE_TOKENS * max(1, PRODUCT_BYTES // self.sum.nbytes)
+        for part in torch.split(x, size):
+            whole = len(part) // CORE_TOKENS * CORE_TOKENS
+            steps = part[:whole].view(-1, CORE_TOKENS, x.shape[1])
+            self.sum += torch.bmm(steps.mT, steps, out_dtype=torch.float32).sum(0)
+            if whole < len(part):
+                self.sum += torch.mm(part[whole:].t(), part[whole:], out_dtype=torch.float32)
+
+    @property
+    def sum(self) -> Tensor:
+        """Σ x xᵀ, float32 [in, in]."""
+        if self._upper:
+            self._sum.copy_(self._sum.triu() + self._sum.triu(1).t())
+            self._upper = False
+        return self._sum
+
+    @sum.setter
+    def sum(self, value: Tensor) -> None:
+        self._sum, self._upper = value, False
 
     def merge(self, other: Self) -> None:
         """Add another accumulator's sums."""

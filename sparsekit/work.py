@@ -19,8 +19,8 @@ from torch import Tensor
 from sparsekit.kernels.oneshot import WIDEST, Settle
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
+from sparsekit.root import Root
 from sparsekit.solve import propagate, solve_block, spans
-from sparsekit.stats import Root
 
 
 @dataclass(slots=True, eq=False)

@@ -10,8 +10,9 @@ from sparsekit.errors import MethodError
 from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
+from sparsekit.root import Root
 from sparsekit.solve import best
-from sparsekit.stats import Gram, Root
+from sparsekit.stats import Gram
 
 HALF = Pattern.unstructured(0.5)
 INT4 = Rounding(bits=4, group_size=8)

@@ -11,15 +11,17 @@ if find_spec("triton") is None or torch.cuda.is_available():
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 import brute
+from triton.runtime import interpreter
 
 from sparsekit.kernels.grids import fit
 from sparsekit.kernels.masks import nm_mask
+from sparsekit.kernels.products import add_upper
 from sparsekit.kernels.settle import settle_
 from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
+from sparsekit.root import Root
 from sparsekit.solve import solve_block
-from sparsekit.stats import Root
 
 PATTERNS = [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2), Pattern(5, 16)]
 
@@ -132,3 +134,21 @@ def test_a_nan_score_is_seen():
     assert not int(nm_mask(score, None, Pattern(2, 4), absolute=True)[1])
     score[2, 5] = torch.nan
     assert int(nm_mask(score, None, Pattern(2, 4), absolute=True)[1])
+
+
+def test_the_triangle_of_a_gram_matrix(monkeypatch):
+    given = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):  # Triton 3.6 takes an int of an array of one, which NumPy 2.4 refuses
+        given(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    torch.manual_seed(0)
+    x = torch.randn(200, 264).half()
+    total = torch.zeros(264, 264)
+    for part in (x[:130], x[130:]):
+        add_upper(part, total)
+    exact = x.double().t() @ x.double()
+    torch.testing.assert_close(total.triu().double(), exact.triu(), rtol=1e-5, atol=1e-4)
+    assert not total[256:, :128].any()  # tiles below the diagonal are left alone

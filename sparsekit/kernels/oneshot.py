@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsekit.quant import Grid
 
 WIDEST = 128  # columns that the sweep's kernel settles at a time
+WIDE = 2048  # inputs from which on the triangle of a Gram matrix has enough tiles for a device
 LONGEST = 32  # groups of M that the mask kernel takes
 
 
@@ -50,6 +51,25 @@ class Mask(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """A mask, and whether a score was NaN."""
         ...
+
+
+class AddUpper(Protocol):
+    """`kernels.products.add_upper`."""
+
+    def __call__(self, x: Tensor, total: Tensor) -> None:
+        """Add tokens to the upper triangle of a Gram matrix."""
+
+
+def gram_kernel(kernels: Kernels, x: Tensor) -> AddUpper | None:
+    """The kernel that adds tokens [tokens, in] to a Gram matrix, or None where matrix products do."""
+    reason = None if x.shape[1] >= WIDE else f"{x.shape[1]} inputs have too few tiles"
+    if x.shape[1] % 8 or x.dtype not in (torch.bfloat16, torch.float16) or not len(x):
+        reason = "rows are not aligned floats of 16 bits"
+    if not runs_triton(kernels, x.device, reason):
+        return None
+    from sparsekit.kernels.products import add_upper  # noqa: PLC0415 - imports Triton
+
+    return add_upper
 
 
 def settle_kernel(kernels: Kernels, weight: Tensor, pattern: Pattern | None) -> Settle | None:

@@ -128,3 +128,25 @@ def test_masks_are_the_references(pattern, dtype):
         assert not int(invalid)
     score[3, 5] = torch.nan
     assert int(nm_mask(score, norm, pattern, absolute=True)[1])
+
+
+@pytest.mark.parametrize("columns", [520, 2056])  # by matrix products, and by the kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_matrices_are_as_exact_as_in_float32(columns, dtype):
+    generator = torch.Generator(CUDA).manual_seed(3)
+    x = (torch.randn(20000, columns, generator=generator, device=CUDA) + 0.5).to(dtype)
+    gram, plain = Gram.empty(columns, CUDA), torch.zeros(columns, columns, device=CUDA)
+    for part in x.split(7001):
+        gram.update(part)
+        plain.addmm_(part.float().t(), part.float())
+    exact = x.double().t() @ x.double()
+    error, reference = ((found.double() - exact).norm() / exact.norm() for found in (gram.sum, plain))
+    assert error < max(reference, 5e-7)
+    assert torch.equal(gram.sum, gram.sum.t())
+    torch.testing.assert_close(gram.abs_mean, x.double().abs().mean(0).float(), rtol=1e-5, atol=0)
+
+
+def test_energy_is_that_of_float32():
+    weight, gram, _ = drawn(300, 512)
+    expected = ((weight.double() @ gram.matrix.double()) * weight.double()).sum()
+    assert abs(float(gram.energy(weight).double() / expected) - 1) < 1e-4
