@@ -180,13 +180,13 @@ class Fit:
             rows = rows.pin_memory().to(job.device, non_blocking=True)
         if job.world.size == 1:
             sums = dict(self._sums)
-            twice(lambda: self._gradients(rows), lambda: self._smaller(step, len(rows), sums))
+            twice(lambda: self._backward(rows), lambda: self._smaller(step, len(rows), sums))
         else:  # the other ranks would not know of a second try
-            self._gradients(rows)
+            self._backward(rows)
         self.optimizer.take_gradients()
         return clip_factor(self.optimizer.names.values(), self.clip, job.world)
 
-    def _gradients(self, rows: Tensor) -> None:
+    def _backward(self, rows: Tensor) -> None:
         """Add the gradients of some windows [windows, seq_len], a micro-batch at a time."""
         share = self.micro_batch / len(rows)
         for part in torch.split(rows, self.micro_batch):
