@@ -23,9 +23,9 @@ from sparsekit.distill import Objective, chunked_loss, headless, loss_reference,
 from sparsekit.errors import CheckpointError, MethodError
 from sparsekit.job import Policy, Trained, TrainJob
 from sparsekit.kernels import Kernels
-from sparsekit.shortage import half, twice
 from sparsekit.optim import SparseAdamW, Step, clip_factor
 from sparsekit.schedule import Schedule, steps_in, windows_of
+from sparsekit.shortage import half, twice
 from sparsekit.snapshots import Snapshots
 
 __all__ = ["Fit", "Policy", "TrainJob", "Trained", "mean_loss"]
@@ -155,7 +155,7 @@ class Fit:
                 self.job.world.wait()
                 _finished(self.job.device)
                 start = time.monotonic()
-            factor, _ = self._gradients(number)
+            factor, _ = self._whole_gradients(number)
             self.optimizer.advance(Step(1, lr=0.0), factor)
         _finished(self.job.device)
         seconds = (time.monotonic() - start) / MEASURED
@@ -165,13 +165,13 @@ class Fit:
 
     def _step(self, step: int, lr: float) -> dict[str, Tensor]:
         """Gradients of a batch, clip, update; returns what the policy wants logged."""
-        factor, norm = self._gradients(step)
+        factor, norm = self._whole_gradients(step)
         self.optimizer.advance(self.policy.numbers(step, lr), factor)
         self._sums["steps"] = self._sums.get("steps", torch.zeros_like(norm)) + 1
         self._sums["grad_norm"] = self._sums.get("grad_norm", torch.zeros_like(norm)) + norm
         return self.policy.after(step)
 
-    def _gradients(self, step: int) -> tuple[Tensor, Tensor]:
+    def _whole_gradients(self, step: int) -> tuple[Tensor, Tensor]:
         """Gradients of a batch; returns what they are to be multiplied by, and their norm."""
         job, batch = self.job, self.schedule.batch
         self.optimizer.zero_grad()  # before the forward: FSDP2 breaks when it stands later
