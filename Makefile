@@ -25,3 +25,7 @@ docs-check: .venv/bin/python  ## fail when a generated part is stale
 	.venv/bin/pip install -q -c constraints.txt -e '.[docs]'
 docs: .venv/bin/zensical  ## build the site into site/
 	.venv/bin/zensical build --strict
+
+.PHONY: interop
+interop: .venv/bin/python  ## exports read by auto-gptq, gptqmodel, compressed-tensors and vLLM; 10 GB of environments
+	$(PYTHON) tests/interop/run.py $(if $(READER),--only $(READER)) $(if $(MODEL),--model $(MODEL))

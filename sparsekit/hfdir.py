@@ -123,7 +123,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         self._shards.append(list(self._open))
-        save_file(self._open, self._part(len(self._shards)), {"format": "pt"})
+        path = self._part(len(self._shards))
+        save_file(self._open, path, {"format": "pt"})
+        path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets only the owner read it
         self._open, self._open_bytes = {}, 0
 
     def _part(self, number: int) -> Path:

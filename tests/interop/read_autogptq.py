@@ -1,44 +1,18 @@
-"""Read an export with auto-gptq and compare it with the dense export of the same model.
+"""Read a GPTQ export with auto-gptq, which shares no code with sparsekit.
 
-Runs in the environment of `requirements-autogptq.txt`, which holds nothing of sparsekit:
-
-    python read_autogptq.py GPTQ_DIR --dense DENSE_DIR --text FILE
-
-Prints one JSON line; exits with 1 when the two exports disagree by more than `--tolerance` of the
-largest logit.
+    python read_autogptq.py EXPORT_DIR REFERENCE.npz      in the environment of requirements-autogptq.txt
 """
 
-import argparse
-import hashlib
-import json
 import logging
 import pathlib
-import sys
 
 import torch
-import transformers
 from auto_gptq import AutoGPTQForCausalLM
+from common import answer_logits, arguments, versions
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 logging.disable(logging.WARNING)
-WINDOW = 512
-
-
-def windows(directory: str, text: str, count: int) -> torch.Tensor:
-    """The first tokens of a text, [count, WINDOW]."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    with open(text, encoding="utf-8") as file:
-        tokens = tokenizer(file.read(count * WINDOW * 8), add_special_tokens=False)["input_ids"]
-    return torch.tensor(tokens[: count * WINDOW]).reshape(count, WINDOW)
-
-
-def scores(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits and perplexity, one window at a time."""
-    with torch.inference_mode():
-        logits = torch.cat([model(input_ids=row.unsqueeze(0)).logits.float() for row in tokens])
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return logits, float(loss.exp())
 
 
 def restore_tied(model: torch.nn.Module, directory: str) -> list[str]:
@@ -58,17 +32,11 @@ def restore_tied(model: torch.nn.Module, directory: str) -> list[str]:
     return restored
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("directory")
-    parser.add_argument("--dense", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--tolerance", type=float, default=0.005)
-    arguments = parser.parse_args()
-    tokens = windows(arguments.directory, arguments.text, arguments.windows)
+def main() -> None:
+    """Load, ask, answer."""
+    options = arguments(__doc__)
     quantized = AutoGPTQForCausalLM.from_quantized(
-        arguments.directory,
+        options.directory,
         device="cpu",
         use_triton=False,
         use_safetensors=True,
@@ -78,30 +46,18 @@ def main() -> int:
         inject_fused_mlp=False,
         torch_dtype=torch.float32,
     )
-    dense = AutoModelForCausalLM.from_pretrained(arguments.dense, torch_dtype=torch.float32)
-    restored = restore_tied(quantized.model, arguments.directory)
-    found, perplexity = scores(quantized.model.eval(), tokens)
-    expected, dense_perplexity = scores(dense.eval(), tokens)
-    difference = float((found - expected).abs().max())
-    largest = float(expected.abs().max())
-    kinds = {type(module).__module__ for module in quantized.modules() if type(module).__name__ == "QuantLinear"}
-    print(
-        json.dumps(
-            {
-                "transformers": transformers.__version__,
-                "kernels": sorted(kinds),
-                "restored": restored,
-                "tokens": tokens.numel(),
-                "perplexity": perplexity,
-                "dense_perplexity": dense_perplexity,
-                "largest_difference": difference,
-                "largest_logit": largest,
-                "digest": hashlib.sha256(found.round(decimals=1).numpy().tobytes()).hexdigest()[:16],
-            }
-        )
-    )
-    return int(not difference <= arguments.tolerance * largest)
+    restored = restore_tied(quantized.model, options.directory)
+    model = quantized.model.eval()
+
+    def forward(tokens):
+        with torch.inference_mode():
+            return model(input_ids=torch.from_numpy(tokens)).logits[0].float().numpy()
+
+    kernels = {type(module).__module__ for module in model.modules() if type(module).__name__ == "QuantLinear"}
+    about = versions("auto-gptq", "transformers", "torch", "accelerate")
+    tokenizer = AutoTokenizer.from_pretrained(options.directory)
+    answer_logits("auto-gptq", forward, tokenizer, options, versions=about, kernels=sorted(kernels), restored=restored)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
