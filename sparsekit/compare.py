@@ -123,7 +123,8 @@ def compare_sources(
 
 
 def _name_of(directories: Sequence[Path]) -> str:
-    return "compare-" + "-".join(path.name for path in directories)
+    names = "-".join(path.name for path in directories)
+    return f"compare-{names}" if len(names) < 40 else f"compare-{len(directories)}-runs"
 
 
 def compare_runs(directories: Sequence[Path], directory: Path, listener: ArmListener) -> dict[str, Any]:

@@ -32,7 +32,7 @@ TESTS = (
     "± is one standard error. p is that of McNemar's exact two-sided test against the dense model, document by "
     "document; it is not corrected for the number of comparisons made here."
 )
-SPREAD = 8.0  # perplexities whose largest is so many times the smallest are drawn logarithmically
+SPREAD = 3.0  # perplexities whose largest is so many times the smallest are drawn logarithmically
 
 
 def write_comparison(comparison: Record, directory: Path) -> dict[str, Path]:
@@ -120,7 +120,7 @@ def pareto_chart(comparison: Record, text: str) -> tuple[str, Markup]:
     levels = [point.y for one in series for point in one.points]
     title = f"Perplexity on {text} against bytes on disk"
     log = max(levels) > SPREAD * min(levels)
-    axes = Axes(title, x="MB on disk", y=f"perplexity {text}", log_y=log, log_x=True, width=620, height=400)
+    axes = Axes(title, x="MB on disk", y=f"perplexity {text}", log_y=log, log_x=True, width=480, height=350)
     return title, scatter_chart(series, axes, frontier=True)
 
 
@@ -146,8 +146,11 @@ def error_maps(arms: Sequence[Record]) -> Iterator[tuple[str, Markup]]:
         if errors:
             low, high = spans.get(step["error_of"], (math.inf, 0.0))
             spans[step["error_of"]] = (min(low, *errors), max(high, *errors))
+    order = [layer["name"] for _, step in seen.values() for layer in step["layers"]]
+    place = {name: index for index, name in reversed(list(enumerate(order)))}  # as the first step has them
     for name, step in seen.values():
-        drawing = error_map(step, spans.get(step["error_of"]))
+        layers = sorted(step["layers"], key=lambda layer: place[layer["name"]])
+        drawing = error_map({**step, "layers": layers}, spans.get(step["error_of"]))
         if drawing is not None:
             yield f"{name}: {step['method']}, error of the {step['error_of']}", drawing
 

@@ -15,7 +15,6 @@ from sparsekit.console import Terminal
 from sparsekit.model import ModelView
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
-from sparsekit.tables import Table as Figures
 
 
 class ComparisonTerminal(Terminal):
@@ -48,19 +47,34 @@ class ComparisonTerminal(Terminal):
         self._out.print()
         self._out.print(lead(comparison), highlight=False)
         for text in comparison["dense"]["perplexity"]:
-            self._out.print(shown(quality_table(comparison, text)))
-        self._out.print(shown(cost_table(comparison)))
+            self._out.print(quality(comparison, text))
+        self._out.print(cost(comparison))
         for note in comparison["notes"]:
             self._out.print(f"  note      {note}", highlight=False)
         for name, path in files.items():
             self._out.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
 
 
-def shown(figures: Figures) -> Table:
-    """A table of the reports, for the terminal."""
-    table = Table(title=figures.caption, box=None, padding=(0, 2), title_justify="left")
-    for column in figures.columns:
-        table.add_column(column.title, justify="right" if column.number else "left")
-    for row in figures.rows:
-        table.add_row(*(cell.text for cell in row))
+def quality(comparison: Mapping[str, Any], text: str) -> Table:
+    """Perplexity on one text, its change and agreement; the page has the other intervals."""
+    table = _table(text, "arm", "perplexity", "against dense [95 %]", "KL", "top-1")
+    for row in quality_table(comparison, text).rows:
+        name, level, change, _, kl, top1 = (cell.text for cell in row)
+        table.add_row(name, level.partition(" ±")[0], change, kl, top1)
+    return table
+
+
+def cost(comparison: Mapping[str, Any]) -> Table:
+    """Bytes, time and memory."""
+    table = _table("Size and cost", "arm", "bytes", "smaller", "broken groups", "time", "peak")
+    for row in cost_table(comparison).rows:
+        name, _, held, ratio, _, _, broken, seconds, peak = (cell.text for cell in row)
+        table.add_row(name, held, ratio, broken, seconds, peak)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=None, padding=(0, 1), title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
     return table

@@ -161,7 +161,7 @@ def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, inde
 
 
 def _names(points: Sequence[Point], across: Scale, upright: Scale) -> Iterable[Markup]:
-    """The label of each point, at the first of four places beside it where no other label or point is.
+    """The label of each point, at the first of some places beside it where no other label or point is.
 
     From the top down: of two near points the upper one is labelled above, the lower one below.
     """
@@ -172,8 +172,13 @@ def _names(points: Sequence[Point], across: Scale, upright: Scale) -> Iterable[M
         if not point.label:
             continue
         room = WIDE * len(point.label)
-        places = [(x + 8, y - 5), (x + 8, y + 13), (x - 8 - room, y - 5), (x - 8 - room, y + 13)]
-        inside = [(left, base) for left, base in places if left >= 0 and left + room <= across.end + 24] or places[:1]
+        near, far = (y - 5, y + 13), (y + 4, y + 24, y - 16, y + 35)
+        places = [(left, base) for each in (near, far) for left in (x + 8, x - 8 - room) for base in each]
+        inside = [
+            (left, base)
+            for left, base in places
+            if left >= across.start + 2 and left + room <= across.end + 24 and base <= upright.start + 2
+        ] or places[:1]
         free = [
             (left, base)
             for left, base in inside

@@ -1,0 +1,91 @@
+"""On CUDA: predicted memory against what was allocated, and semi-structured tensors in the deploy card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import StepStore
+from sparsekit.deploy import deploy_card
+from sparsekit.estimate import Estimator
+from sparsekit.recipe import Recipe, read_recipe
+from sparsekit.run import Run
+
+pytestmark = pytest.mark.gpu
+ASSETS = Path(__file__).parents[2] / "sparsekit" / "assets"
+RECIPE = """\
+name: gpu
+output: {output}
+model: {{path: {model}, device: cuda}}
+data:
+  calibration: {{path: builtin:calibration, samples: 32, seq_len: 512}}
+  train: {{path: builtin:train, samples: 64, seq_len: 512}}
+steps: [{step}]
+"""
+
+
+class Quiet:
+    """A listener that says nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Two blocks of 1024 × 4096 in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSETS / "tiny" / name, directory / name)
+    return directory
+
+
+def recipe(tmp_path: Path, model: Path, step: str) -> Recipe:
+    path = tmp_path / "gpu.yaml"
+    path.write_text(RECIPE.format(output=tmp_path / "run", model=model, step=step))
+    return read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        '{method: wanda, pattern: "2:4"}',
+        "{method: gptq, bits: 4, group_size: 128}",
+        '{method: ast, pattern: "2:4", tokens: 32768, batch: 16, micro_batch: 16}',
+    ],
+    ids=["wanda", "gptq", "ast"],
+)
+def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
+    read = recipe(tmp_path, wide, step)
+    told = Estimator.open(read).all()["steps"][0]["device"]
+    run = Run.open(read, Quiet())
+    (planned,) = run.plan.steps
+    result = run._measured(lambda: run._apply(planned, Chain(run.view), StepStore(tmp_path / "s", run.view.dtype)))
+    assert told["bytes"] == pytest.approx(result["peak_memory"], rel=0.2), told
+
+
+def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wide):
+    run = Run.open(recipe(tmp_path, wide, '{method: magnitude, pattern: "2:4"}'), Quiet())
+    (planned,) = run.plan.steps
+    store = StepStore(tmp_path / "store", run.view.dtype)
+    run._apply(planned, Chain(run.view), store)
+    card = deploy_card(Chain(run.view), Chain(run.view).then(store), [], lambda done, total: None)
+    forms = {row["form"] for row in card["speed"]}
+    assert forms == {"zeros in place", "torch semi-structured"}, card["notes"]
+    assert {row["batch"] for row in card["speed"]} == {1, 16, 256}
+    assert card["memory"]["torch semi-structured"] < card["memory"]["dense"]
+    with Chain(run.view).then(store).forward() as forward:
+        logits = forward(torch.arange(64, device="cuda").unsqueeze(0))
+    assert bool(logits.isfinite().all())

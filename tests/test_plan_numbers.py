@@ -1,0 +1,176 @@
+"""Predicted memory against what torch held, sizes against the model, the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from allocations import peak_of_torch
+from click.testing import CliRunner
+
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import StepStore
+from sparsekit.cli import main
+from sparsekit.errors import DataError
+from sparsekit.estimate import Estimator, kinds_of
+from sparsekit.evaluate import perplexity
+from sparsekit.memory_model import Moment, Part, peak, walk_moments
+from sparsekit.microbench import Bench, _extrapolated
+from sparsekit.model import ModelView
+from sparsekit.recipe import Recipe, read_recipe
+from sparsekit.run import Run
+from sparsekit.shapes import sizes_of
+from sparsekit.stats import Gram, InputNorm
+
+ASSETS = Path(__file__).parents[1] / "sparsekit" / "assets"
+RECIPE = """\
+name: plan
+output: {output}
+model: {{path: {model}}}
+data:
+  calibration: {{path: builtin:calibration, samples: {samples}, seq_len: {seq_len}}}
+  train: {{path: builtin:train, samples: 16, seq_len: 128}}
+  evaluation: {{heldout: {{path: builtin:heldout, samples: 4, seq_len: 128}}}}
+steps: [{step}]
+evaluate: {{perplexity: [heldout]}}
+"""
+PROCESS = ("Python and its libraries", "embeddings, head, final norm")  # held before the step begins
+
+
+class Quiet:
+    """A listener that says nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> Path:
+    """One block of 128 × 384, wide enough for tensors to outweigh what is not modelled."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSETS / "tiny" / name, directory / name)
+    return directory
+
+
+def recipe(tmp_path: Path, model: Path, step: str, samples: int = 16, seq_len: int = 128) -> Recipe:
+    path = tmp_path / "plan.yaml"
+    text = RECIPE.format(output=tmp_path / "run", model=model, step=step, samples=samples, seq_len=seq_len)
+    path.write_text(text)
+    return read_recipe(path)
+
+
+def predicted(part: dict, held: tuple[str, ...] = PROCESS) -> int:
+    """Bytes of a part of the plan beyond what is there before it begins."""
+    return sum(piece["bytes"] for piece in part["device"]["parts"] if piece["name"] not in held)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        '{method: wanda, pattern: "2:4"}',
+        "{method: gptq, bits: 4, group_size: 64}",
+        '{method: ast, pattern: "2:4", tokens: 1024, batch: 8, micro_batch: 4}',
+    ],
+    ids=["wanda", "gptq", "ast"],
+)
+def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
+    monkeypatch.setattr("sparsekit.microbench.SLOW", 0.0)
+    read = recipe(tmp_path, wide_model, step, samples=1 if "gptq" in step else 16, seq_len=64)
+    told = Estimator.open(read).all()
+    run = Run.open(read, Quiet())
+    (planned,) = run.plan.steps
+    with peak_of_torch() as found:
+        run._apply(planned, Chain(run.view), StepStore(tmp_path / "store", run.view.dtype))
+    assert predicted(told["steps"][0]) == pytest.approx(found.bytes, rel=0.2)
+
+
+def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model, monkeypatch):
+    monkeypatch.setattr("sparsekit.microbench.SLOW", 0.0)
+    read = recipe(tmp_path, wide_model, "{method: rtn, group_size: 64}")
+    told = Estimator.open(read).all()["scoring"]
+    run = Run.open(read, Quiet())
+    windows = run.windows(read.data.evaluation["heldout"])
+    with Chain(run.view).forward() as forward, peak_of_torch() as found:
+        perplexity(forward, windows, batch=32, progress=lambda done, total: None)
+    assert predicted(told, (*PROCESS, "the whole model")) == pytest.approx(found.bytes, rel=0.2)
+
+
+def test_sizes_are_those_of_the_model(random_model):
+    view = ModelView.open(random_model, device="cpu", empty=True)
+    assert all(parameter.is_meta for parameter in view.module.parameters())
+    sizes = sizes_of(view)
+    assert sizes.numel == sum(row.numel for row in view.ledger())
+    assert [len(group) for group in sizes.blocks[1].groups] == [3, 1, 2, 1]
+    assert sizes.blocks[1].groups[0][0].startswith("model.layers.1.")
+    assert sizes.blocks[0].inputs() == [64, 64, 64, 128]
+    assert sizes.outside == 8192 * 64 + 64
+
+
+def test_formulas(random_model):
+    sizes = sizes_of(ModelView.open(random_model, device="cpu", empty=True))
+    moments = walk_moments(sizes, "gptq", Gram, samples=4, seq_len=32, on_device=True, in_order=False)
+    factoring = [moment for moment in moments if moment.name == "factoring"]
+    assert max(part.bytes for moment in factoring for part in moment.parts if "float64" in part.name) == 40 * 128 * 128
+    statistics = {part.bytes for moment in moments for part in moment.parts if part.name == "statistics"}
+    assert statistics == {sum(4 * n * n + 4 * n for n in (64, 64, 64, 128))}
+    plain = walk_moments(sizes, "wanda", InputNorm, samples=4, seq_len=32, on_device=False, in_order=False)
+    assert not any(part.name.startswith("hidden states of all") for moment in plain for part in moment.parts)
+    parts = [Part("a", "", 3), Part("b", "", 4)]
+    assert peak([Moment("small", parts[:1]), Moment("large", parts)]).bytes == 7
+
+
+def test_plan_and_dry_run_show_the_same_and_write_nothing(tmp_path, random_model):
+    path = tmp_path / "plan.yaml"
+    step = '{method: sparsegpt, pattern: "2:4", ignore: ["*.down_proj"]}'
+    recipe(tmp_path, random_model, step, samples=2, seq_len=32)
+    shown = CliRunner().invoke(main, ["plan", str(path)])
+    dry = CliRunner().invoke(main, ["run", str(path), "--dry-run"])
+    assert shown.exit_code == dry.exit_code == 0, shown.output + dry.output
+    for output in (shown.output, dry.output):
+        assert "sparsegpt 2:4" in output
+        assert "left as it is" in output
+        assert "peak memory" in output
+    assert not (tmp_path / "run").exists()
+    found = CliRunner().invoke(main, ["plan", str(path), "--json"])
+    data = json.loads(found.output)
+    fates = {kind["kind"]: kind["steps"] for kind in kinds_of(data["layers"])}
+    assert fates["mlp.down_proj"] == ()
+    assert fates["mlp.up_proj"] == ("sparsegpt 2:4",)
+    assert data["seconds"] > 0
+    assert data["disk"] > 0
+    assert data["exports"]["dense"] == 4 * data["coverage"]["total"]
+
+
+def test_a_missing_text_is_named(tmp_path, random_model):
+    read = recipe(tmp_path, random_model, "{method: rtn, group_size: 16}")
+    changed = read.data.calibration.model_copy(update={"path": "nowhere.txt"})
+    broken = read.model_copy(update={"data": read.data.model_copy(update={"calibration": changed})})
+    broken._document = read._document
+    with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
+        Estimator.open(broken)
+
+
+def test_what_does_not_fit_the_budget_is_extrapolated(random_model, tmp_path):
+    assert _extrapolated([(1.0, 1.0)], 4.0) == pytest.approx(4.0)
+    assert _extrapolated([(1.0, 1.0), (4.0, 2.0)], 16.0) == pytest.approx(4.0)  # a square root
+    view = ModelView.open(random_model, device="cpu", empty=True)
+    sizes = sizes_of(view)
+    read = recipe(tmp_path, random_model, "{method: gptq, bits: 4, group_size: 16}")
+    planned = Estimator.open(read).plan.steps[0]
+    bench = Bench(view, sizes, deadline=0.0)
+    found = bench.method_seconds(planned, sizes.blocks[0])
+    assert set(found) == set(sizes.blocks[0].linears)
+    assert all(seconds > 0 for seconds in found.values())
+    assert bench.notes
