@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from sparsekit.hfdir import (
 from sparsekit.imports import MASKS, QuantizedFiles
 from sparsekit.pattern import Pattern
 from sparsekit.sizes import ExportReport, Tally
+from sparsekit.state import LinearState
 
 Blocks = Callable[[int], BlockState]
 
@@ -143,22 +145,29 @@ def _write_blocks(
     left_dense: list[str] = []
     for index in range(len(view.blocks)):
         block = blocks(index)
-        tensors = view.to_hf(index, block)
-        for linear, state in block.linears.items():
+        dense: dict[str, LinearState] = {}
+        for linear, stored in block.linears.items():
+            state, told = _integers_on(view.device, stored), None
             writer.tally.record(state, patterns.get(linear))
-            told = None
             if storage is None or setting is None or state.quantized is None:
-                left_dense.append(linear)
+                dense[linear] = stored
             else:
-                del tensors[f"{linear}.weight"]
-                mask = None if state.mask is None else state.mask.to(view.device)
-                packed = storage.pack(state.quantized.to(view.device), setting.layout, mask)
+                packed = storage.pack(state.quantized, setting.layout, state.mask)
                 writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
                 told = storage.mask(packed)
-            if state.mask is not None and (told is None or not torch.equal(told.to(state.mask.device), state.mask)):
+            if state.mask is not None and (told is None or not torch.equal(told, state.mask)):
                 writer.tally.add_mask(linear, state.mask)
-        writer.dense(tensors)
+        left_dense += dense
+        writer.dense(view.to_hf(index, BlockState(dense, block.params)))
     return left_dense
+
+
+def _integers_on(device: torch.device, state: LinearState) -> LinearState:
+    """The state with its integers and its mask on a device, for packing; float values stay where they are."""
+    if state.quantized is None:
+        return state
+    mask = None if state.mask is None else state.mask.to(device)
+    return replace(state, quantized=state.quantized.to(device), mask=mask)
 
 
 def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
@@ -167,12 +176,13 @@ def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
     Raises:
         CheckpointError: One differs.
     """
-    stored = QuantizedFiles(target)
+    stored = QuantizedFiles(target, view.device)
     for index in range(len(view.blocks)):
-        for name, state in blocks(index).linears.items():
-            if state.quantized is None:
+        for name, written in blocks(index).linears.items():
+            if written.quantized is None:
                 continue
-            found = stored[name]
+            found, state = stored[name], _integers_on(view.device, written)
+            assert state.quantized is not None
             assert found.quantized is not None  # it is a mapping of quantized linears
             masked = state.mask is None or (found.mask is not None and torch.equal(found.mask, state.mask))
             if not (masked and state.quantized.equal(found.quantized)):
@@ -242,7 +252,8 @@ def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockSt
     """Every block with the names its tensors get."""
     for index in range(len(view.blocks)):
         block = blocks(index)
-        yield block, set(view.to_hf(index, block))
+        hollow = {name: LinearState(name, state.source.to("meta")) for name, state in block.linears.items()}
+        yield block, set(view.to_hf(index, BlockState(hollow, block.params)))
 
 
 def _untied(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

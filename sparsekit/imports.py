@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,16 +34,18 @@ class QuantizedFiles(Mapping[str, LinearState]):
         quantizer: Who wrote it, as far as the files tell.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
         """Open a directory.
 
         Args:
             directory: With a config.json that has a `quantization_config`.
+            device: Where integers are unpacked and the states are.
 
         Raises:
             CheckpointError: An unknown format or version, a damaged or missing file.
         """
         self.directory = directory
+        self._device = device
         about = read_config(directory).get("quantization_config")
         if not isinstance(about, dict):
             raise CheckpointError(f"{directory / 'config.json'} has no quantization_config: not quantized")
@@ -54,7 +57,7 @@ class QuantizedFiles(Mapping[str, LinearState]):
         marker = self._marker(required=self.storage.checksums)
         self._files = _index(directory, self.storage.stem if self.storage.checksums else "")
         first = next(iter(self.storage.parts))
-        self._stems = [name.removesuffix(f".{first}") for name in self._files if name.endswith(f".{first}")]
+        self._stems = {name.removesuffix(f".{first}"): None for name in self._files if name.endswith(f".{first}")}
         if not self._stems:
             raise CheckpointError(f"{directory} says quantized with {self.storage.title} and has no tensor *.{first}")
         self._masks = _masks(directory, marker)
@@ -95,7 +98,7 @@ class QuantizedFiles(Mapping[str, LinearState]):
         if name not in self._stems:
             raise KeyError(name)
         parts = [part for part in self.storage.parts if f"{name}.{part}" in self._files]
-        found = {part: self.tensor(f"{name}.{part}") for part in parts}
+        found = {part: self.tensor(f"{name}.{part}").to(self._device) for part in parts}
         try:
             quantized = self.storage.unpack(found, self.setting)
             told = self.storage.mask(found)
@@ -103,7 +106,7 @@ class QuantizedFiles(Mapping[str, LinearState]):
                 bits, shape = self._masks[name]
                 if tuple(shape) != tuple(quantized.codes.shape):
                     raise CheckpointError(f"its mask is {shape}, the weight {list(quantized.codes.shape)}")
-                told = unpack_mask(bits, shape)
+                told = unpack_mask(bits.to(self._device), shape)
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory}: {name}: {error}") from error
         weight = quantized.dequantize()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsekit.adapter import ADAPTER
 from sparsekit.errors import ModelError
 from sparsekit.imports import QuantizedFiles, is_quantized
 from sparsekit.state import LinearState
@@ -50,6 +51,10 @@ class Weights:
         if (directory / "adapter" / "adapter_config.json").is_file():
             unread = f"{directory}/adapter holds low-rank branches that are not read: without them it is another model"
             self.note = "; ".join(filter(None, (self.note, unread)))
+
+        if (directory / ADAPTER).is_dir():
+            branch = f"{directory / ADAPTER} holds a low-rank branch beside the weights, which is not applied here"
+            self.note = f"{self.note}; {branch}" if self.note else branch
 
     def _resolve(self, name: str, prefix: str) -> bool:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):

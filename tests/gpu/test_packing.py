@@ -1,0 +1,65 @@
+"""Packing on CUDA gives the words that the CPU gives, and no tensor leaves the device for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparsekit.formats import FORMATS
+from sparsekit.formats.base import Setting
+from sparsekit.pattern import Pattern
+from sparsekit.quant import Grid, QuantizedWeight
+
+pytestmark = pytest.mark.gpu
+
+OUT, IN, GROUP = 256, 512, 128
+STORAGES = {name: form.storage for name, form in FORMATS.items() if form.storage is not None}
+SHAPES = ("weight_shape",)  # two integers, which stay where they were made
+
+
+def integers(symmetric: bool, bits: int = 4) -> tuple[QuantizedWeight, torch.Tensor]:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+    mask = Pattern(2, 4).keep(weight.abs())
+    grouped = (weight * mask).reshape(OUT, -1, GROUP)
+    grid = Grid.fit(grouped, bits, symmetric=symmetric)
+    codes = grid.encode(grouped).reshape(OUT, IN)
+    return QuantizedWeight.of(codes, grid, group_size=GROUP, symmetric=symmetric), mask
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", STORAGES)
+def test_cuda_packs_and_unpacks_the_same(name, symmetric):
+    storage, (weight, mask) = STORAGES[name], integers(symmetric)
+    layout = storage.layout(symmetric)
+    here, there = storage.pack(weight, layout, mask), storage.pack(weight.to("cuda"), layout, mask.cuda())
+    assert here.keys() == there.keys()
+    for suffix, tensor in there.items():
+        assert tensor.is_cuda or suffix in SHAPES
+        assert torch.equal(here[suffix], tensor.cpu()), suffix
+    setting = storage.setting(storage.config(Setting(4, GROUP, symmetric, False, layout), []))
+    found = storage.unpack({suffix: tensor.cuda() for suffix, tensor in there.items()}, setting)
+    assert all(getattr(found, field).is_cuda for field in ("codes", "scale", "zero", "group_of"))
+    assert weight.equal(found.to("cpu"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_cuda_packs_other_widths_the_same(bits):
+    weight, _ = integers(True, bits)
+    storage = STORAGES["gptq"]
+    one, two = storage.pack(weight, "gptq"), storage.pack(weight.to("cuda"), "gptq")
+    assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
+
+
+def test_a_permuted_index_packs_the_same():
+    weight, mask = integers(True)
+    order = torch.randperm(IN // 4, generator=torch.Generator().manual_seed(1))
+    columns = (4 * order.unsqueeze(1) + torch.arange(4)).flatten()  # whole groups of four, so that 2:4 stays
+    moved = dataclasses.replace(weight, codes=weight.codes[:, columns], group_of=weight.group_of[columns])
+    for name in ("gptq", "compressed-tensors", "sparsekit-24"):
+        storage = STORAGES[name]
+        layout = storage.layout(True)
+        one = storage.pack(moved, layout, mask[:, columns])
+        two = storage.pack(moved.to("cuda"), layout, mask[:, columns].cuda())
+        assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
