@@ -162,9 +162,17 @@ def test_a_trainer_that_touches_the_teacher_is_caught():
         testing.training(Subject(replace(ast, function=careless), arguments_of(ast, SMALL["ast"])))
 
 
-def test_required_and_unknown_parameters_are_named():
-    with pytest.raises(PluginError, match=r"'tokens'.*--set tokens=VALUE"):
-        outcomes("ast")
+def test_required_and_unknown_parameters_are_named(tmp_path):
+    plugin = tmp_path / "asks_for_more.py"
+    plugin.write_text(
+        "import sparsekit as sk\n\n\n"
+        '@sk.linear_method("asks_for_more", kind="prune")\n'
+        "def asks_for_more(layer: sk.LinearState, /, *, strength: float) -> sk.LinearState:\n"
+        '    """Never called."""\n'
+        "    return layer\n"
+    )
+    with pytest.raises(PluginError, match=r"'strength'.*--set strength=VALUE"):
+        outcomes("asks_for_more", plugin=plugin)
     with pytest.raises(PluginError, match="'bitz'"):
         outcomes("rtn", arguments={"bitz": 4})
 
