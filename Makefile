@@ -26,6 +26,10 @@ docs-check: .venv/bin/python  ## fail when a generated part is stale
 docs: .venv/bin/zensical  ## build the site into site/
 	.venv/bin/zensical build --strict
 
+.PHONY: bench
+bench: .venv/bin/python  ## SparseGPT and GPTQ of one block beside the papers' recursion; BENCH=--small on a CPU
+	.venv/bin/sparsekit bench $(BENCH)
+
 .PHONY: interop
 interop: .venv/bin/python  ## exports read by auto-gptq, gptqmodel, compressed-tensors and vLLM; 10 GB of environments
 	$(PYTHON) tests/interop/run.py $(if $(READER),--only $(READER)) $(if $(MODEL),--model $(MODEL))

@@ -66,7 +66,8 @@ class Activations:
         for start in range(0, len(self.hidden), self.micro_batch):
             yield slice(start, min(start + self.micro_batch, len(self.hidden)))
 
-    def _enter(self, index: int, part: slice) -> tuple[Tensor, Call]:
+    def enter(self, index: int, part: slice) -> tuple[Tensor, Call]:
+        """Some windows entering a block, and what the block is called with besides."""
         size = part.stop - part.start
         if size not in self.calls:  # after a shortage of memory
             self.calls[size] = self.view.begin(self.tokens[:size].long().to(self.view.device))[1]
@@ -80,7 +81,7 @@ class Activations:
 
     def sample(self, index: int) -> tuple[Tensor, Call]:
         """The first micro-batch entering a block, to look at the block's structure."""
-        return self._enter(index, next(self._batches()))
+        return self.enter(index, next(self._batches()))
 
     def collect(
         self, index: int, groups: Sequence[Sequence[str]], kind: type[Statistic], *, finite: bool = False
@@ -106,7 +107,7 @@ class Activations:
         ]
         try:
             for part in self._batches():
-                self.view.run_block(index, *self._enter(index, part))
+                self.view.run_block(index, *self.enter(index, part))
         finally:
             for handle in handles:
                 handle.remove()
@@ -172,7 +173,7 @@ class Activations:
 
     def _left(self, index: int, part: slice) -> Tensor:
         """What the resident block makes of a micro-batch, where the buffer is."""
-        return self.view.run_block(index, *self._enter(index, part)).to(self.hidden.device)
+        return self.view.run_block(index, *self.enter(index, part)).to(self.hidden.device)
 
     def _waiting(self, widest: int) -> int:
         """Bytes of the tensors that all tokens hold while they wait for a group, at most."""

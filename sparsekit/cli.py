@@ -249,6 +249,27 @@ def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None
         raise ContractError(f"method {name!r} breaks {failed} of {len(found)} promises")
 
 
+@main.command()
+@click.option("--small", is_flag=True, help="A block that a CPU compresses in seconds, not Llama-2-7B's.")
+@click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@_named_errors
+def bench(small: bool, device: str, as_json: bool) -> None:
+    """Time SparseGPT and GPTQ of one block beside the papers' column recursion."""
+    import json
+
+    from rich.console import Console
+
+    from sparsekit import bench as benches
+    from sparsekit.console_bench import bench_table
+
+    console = Console()
+    told = (lambda job, rows: None) if as_json else (lambda job, rows: console.print(bench_table(job, rows)))
+    found = benches.run_bench(benches.SMALL if small else benches.LLAMA_7B, device, told=told)
+    if as_json:
+        click.echo(json.dumps({"shape": benches.described(small), "jobs": found}, indent=2))
+
+
 @main.command("new-method")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)

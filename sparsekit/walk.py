@@ -24,7 +24,6 @@ from sparsekit.ladder import UNREACHED, Ladder
 from sparsekit.model import ModelView
 from sparsekit.onepass import CalledAgain
 from sparsekit.pattern import Pattern
-from sparsekit.quant import QuantizedWeight
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic
@@ -88,7 +87,7 @@ class Walk:
             after = self.store.block(index)
             if after is None:
                 self._records.clear()
-                block = self._compressed(index, self._given(index), stream)
+                block = self.compressed(index, self._given(index), stream)
                 after = self.store.commit_block(index, block, as_json(self._records, stream.remarks if stream else []))
             if stream is not None and index + 1 < total:
                 with resident(self.view, index, after):
@@ -106,14 +105,15 @@ class Walk:
             block = BlockState(linears, block.params)
         return block
 
-    def _compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
+    def compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
+        """A block after the step, on the device; the stream may have been taken through it."""
         names = [name for name in block.linears if name in self.selected]
         if not names:
             return block
         if stream is None:
             return self._each(block, names, None)
-        if self.method.scope == "linear":  # sent once, for the forwards and for the method
-            block = BlockState({n: _on(s, self.view.device) for n, s in block.linears.items()}, block.params)
+        if self.method.scope == "linear":
+            block = BlockState({n: sent(s, self.view.device) for n, s in block.linears.items()}, block.params)
         with resident(self.view, index, block):
             groups = self.view.groups(index, *stream.sample(index))
             if self.method.scope == "group":
@@ -186,7 +186,7 @@ class Walk:
         """Apply a linear-scope method to the named linears of a block."""
         linears = dict(block.linears)
         for name in names:
-            given = _on(linears[name], self.view.device)
+            given = sent(linears[name], self.view.device)
             start = time.perf_counter()
             with _naming(name):
                 result = self._called(given, statistic)
@@ -219,7 +219,7 @@ class Walk:
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
     ) -> BlockState:
         """Apply a group-scope method, and fold the input scale it asks for into the producer."""
-        given = {name: _on(block.linears[name], self.view.device) for name in chosen}
+        given = {name: sent(block.linears[name], self.view.device) for name in chosen}
         why = producer if isinstance(producer, str) else ""
         if len(chosen) < len(names):
             why = f"{', '.join(sorted(set(names) - set(chosen)))} shares its input and is not part of the step"
@@ -230,7 +230,7 @@ class Walk:
         with _naming(", ".join(chosen)):
             result: Group = self._called(group, stat)
         linears = {
-            name: _on(self._proved(given[name], state, stat, result.input_scale, start), HOST)
+            name: sent(self._proved(given[name], state, stat, result.input_scale, start), HOST)
             for name, state in result.linears.items()
         }
         block = BlockState({**block.linears, **linears}, block.params)
@@ -287,14 +287,12 @@ def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
     return given.noted(note)
 
 
-def _on(state: LinearState, device: torch.device) -> LinearState:
+def sent(state: LinearState, device: torch.device) -> LinearState:
     """The state with its tensors on a device."""
     quantized = state.quantized
     if quantized is not None:
         tensors = {key: getattr(quantized, key).to(device) for key in ("codes", "scale", "zero", "group_of")}
-        quantized = QuantizedWeight(
-            **tensors, bits=quantized.bits, group_size=quantized.group_size, symmetric=quantized.symmetric
-        )
+        quantized = replace(quantized, **tensors)
     mask = None if state.mask is None else state.mask.to(device)
     dense = None if state.dense is None else state.dense.to(device)
     branch = None if state.branch is None else state.branch.to(device)

@@ -1,6 +1,6 @@
 """Measure one-shot compression on one CUDA device, beside the papers' column recursion.
 
-    python docs/benchmarks/oneshot.py --parts check,solve,gram,mask,base --out oneshot.json
+    python docs/benchmarks/oneshot.py --parts check,solve,gram,mask,block,awq,base --out oneshot.json
 
 Run from the repository's root; it needs torch for CUDA with Triton, transformers and pydantic. Parts:
 
@@ -8,6 +8,9 @@ check  the gpu tests of the kernels
 solve  factor and sweep of every distinct input of a Llama-2-7B-shaped block, given its Gram matrices
 gram   accumulating a Gram matrix of 11008 inputs, time and error against float64
 mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
+block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, beside the recursion and, with
+       --sparsegpt DIR and --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes
+awq    the scale search of every group of that block
 base   where the time of a step on --model goes
 
 Both sides run in one process on the same random weights and inputs, after a warm-up; figures are
@@ -17,7 +20,9 @@ medians of CUDA-event times, with the spread.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
+import importlib
 import io
 import json
 import pstats
@@ -27,21 +32,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
+from sparsekit import bench
+from sparsekit.console_bench import bench_table
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.obs import BLOCK, sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.recipe import read_recipe
 from sparsekit.recursion import Recursion
+from sparsekit.registry import METHODS
 from sparsekit.run import run_recipe
+from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram
 
 CUDA = torch.device("cuda")
@@ -225,6 +238,102 @@ def mask() -> dict[str, Any]:
     return row
 
 
+class SparseGptClass:
+    """The authors' SparseGPT class as a `bench.Side`."""
+
+    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
+        self._linear = linear
+        self._solver = module.SparseGPT(linear)
+
+    def add(self, x: Tensor) -> None:
+        """Take a sample's inputs."""
+        self._solver.add_batch(x.unsqueeze(0), x)
+
+    def solve(self) -> None:
+        """Prune in place."""
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
+            self._solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
+        self._solver.free()
+
+
+class AutoGptqClass:
+    """AutoGPTQ's GPTQ class as a `bench.Side`."""
+
+    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
+        self._solver = module.GPTQ(linear)
+        self._solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
+
+    def add(self, x: Tensor) -> None:
+        """Take a sample's inputs."""
+        self._solver.add_batch(x.unsqueeze(0), x)
+
+    def solve(self) -> None:
+        """Quantize in place."""
+        self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
+        self._solver.free()
+
+
+def package(name: str, directory: Path) -> None:
+    """A package whose modules can be imported without running its __init__."""
+    module = ModuleType(name)
+    module.__path__ = [str(directory)]  # type: ignore[attr-defined]
+    sys.modules[name] = module
+
+
+def block(sparsegpt: Path | None, autogptq: Path | None, small: bool) -> dict[str, Any]:
+    """The whole block; the authors' classes beside ours if they are there."""
+    others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
+    if sparsegpt is not None:
+        package("authors_sparsegpt", sparsegpt)
+        sys.path.insert(0, str(sparsegpt))  # its modules import one another by plain names
+        module = importlib.import_module("authors_sparsegpt.sparsegpt")
+        others["sparsegpt 2:4"] = {"SparseGPT class": partial(SparseGptClass, module=module)}
+    if autogptq is not None:
+        package("auto_gptq", autogptq / "auto_gptq")
+        package("auto_gptq.quantization", autogptq / "auto_gptq" / "quantization")
+        module = importlib.import_module("auto_gptq.quantization.gptq")
+        others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
+    console = Console(width=110)
+    shape = bench.SMALL if small else bench.LLAMA_7B
+    found = bench.run_bench(shape, others=others, told=lambda name, rows: console.print(bench_table(name, rows)))
+    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape)}
+
+
+def phases(shape: bench.Shape) -> dict[str, list[str]]:
+    """The kernels of our side, both schedules of SparseGPT."""
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        one = bench.Bench(shape, "cuda", Path(directory))
+        for schedule in bench.SCHEDULES:
+            call = partial(one.ours, bench.JOBS["sparsegpt 2:4"], schedule)
+            call()
+            torch.cuda.reset_peak_memory_stats()
+            resting = torch.cuda.memory_allocated()
+            found[schedule] = profiled(call, 24)
+            peak = (torch.cuda.max_memory_allocated() - resting) / 2**30
+            print(f"{schedule}: {peak:.2f} GiB above {resting / 2**30:.2f}")
+            for line in found[schedule]:
+                print("   ", line)
+    return found
+
+
+def awq() -> dict[str, Any]:
+    """AWQ's search over 20 ratios and the clip search of each group."""
+    found: dict[str, Any] = {}
+    for name, (rows, columns) in GROUPS.items():
+        gram = Gram.empty(columns, CUDA)
+        gram.update(tokens(16384, columns))
+        generator = torch.Generator(CUDA).manual_seed(1)
+        weight = torch.randn(rows, columns, generator=generator, device=CUDA) / columns**0.5
+        group = Group({"w": LinearState("w", weight)}, tie=lambda free: free, untie=lambda values: values)
+        call = partial(METHODS.get("awq").function, group, gram)
+        found[name] = {"time": timed(call, 1, 1), "kernels": profiled(call)}
+        print(name, found[name]["time"])
+        for line in found[name]["kernels"]:
+            print("   ", line)
+    return found
+
+
 class Silent:
     """A `sparsekit.run.Listener` that says nothing."""
 
@@ -284,12 +393,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("shared/models/base"))
     parser.add_argument("--text", type=Path, default=Path("shared/text/calibration.txt"))
+    parser.add_argument("--sparsegpt", type=Path, help="a copy of IST-DASLab/sparsegpt")
+    parser.add_argument("--autogptq", type=Path, help="a copy of AutoGPTQ")
+    parser.add_argument("--small", action="store_true", help="a small block in part block")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "check": check,
         "solve": solve,
         "gram": gram,
         "mask": mask,
+        "block": lambda: block(given.sparsegpt, given.autogptq, given.small),
+        "awq": awq,
         "base": lambda: base(given.model, given.text),
     }
     environment = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}

@@ -1,0 +1,297 @@
+"""Compress one Llama block of random weights with sparsekit and with the papers' column recursion, and compare.
+
+Both sides get the same block, the same hidden states and the same device, in one process. A side's
+time is all of its work on the block: forwards, Gram matrices, factors, sweeps and the forward that
+feeds the next block; ours verifies every layer besides. Files are not part of it. The error is that of
+the compressed block's outputs, relative to what the block adds to its inputs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.activations import Activations
+from sparsekit.checkpoint import BlockState, StepStore, write_json, write_tensors
+from sparsekit.model import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.recursion import Recursion
+from sparsekit.registry import METHODS
+from sparsekit.state import LinearState
+from sparsekit.walk import Walk, resident, sent
+
+SCHEDULES = ("block", "group")
+PRUNED = 0.4  # share of zeros from which a layer counts as pruned; int4 rounds a tenth of the weights to 0
+WARM_UP = 1  # runs of our side before its times count; Triton compiles in the first
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the block and the calibration tokens."""
+
+    width: int
+    inner: int
+    heads: int
+    samples: int
+    length: int
+
+
+LLAMA_7B = Shape(4096, 11008, 32, 128, 2048)
+SMALL = Shape(256, 768, 4, 8, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One method: how a recipe writes it, and what the recursion is to do."""
+
+    method: str
+    arguments: Mapping[str, Any]
+    recursion: Callable[[Recursion], Tensor]
+
+
+JOBS = {
+    "sparsegpt 2:4": Job("sparsegpt", {"group_order": "natural"}, lambda layer: layer.pruned(2, 4)),
+    "gptq int4 g128": Job("gptq", {"act_order": "none"}, lambda layer: layer.quantized(4)),
+}
+
+
+class Side(Protocol):
+    """One linear on its way through somebody else's class."""
+
+    def add(self, x: Tensor) -> None:
+        """Take a sample's inputs, [tokens, in]."""
+
+    def solve(self) -> None:
+        """Compress the linear in place."""
+
+
+class Restated:
+    """The recursion as a `Side`."""
+
+    def __init__(self, linear: nn.Linear, job: Job) -> None:
+        self._linear, self._job = linear, job
+        self._recursion = Recursion(linear.weight)
+        self.add = self._recursion.add
+
+    def solve(self) -> None:
+        """Compress the linear in place."""
+        self._linear.weight.copy_(self._job.recursion(self._recursion))
+
+
+def write_model(directory: Path, shape: Shape, dtype: torch.dtype) -> Path:
+    """A Llama of one block with random weights, as a model directory."""
+    generator = torch.Generator().manual_seed(0)
+    width, inner = shape.width, shape.inner
+    layer = "model.layers.0."
+    sizes = {f"{layer}self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+    sizes |= {f"{layer}mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+    sizes |= {f"{layer}mlp.down_proj.weight": (width, inner), "model.embed_tokens.weight": (256, width)}
+    tensors = {
+        name: (torch.randn(size, generator=generator) / size[1] ** 0.5).to(dtype) for name, size in sizes.items()
+    }
+    tensors["model.embed_tokens.weight"] *= width**0.5
+    for name in (f"{layer}input_layernorm", f"{layer}post_attention_layernorm", "model.norm"):
+        tensors[f"{name}.weight"] = torch.ones(width, dtype=dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / "model.safetensors", tensors)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": 1, "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
+        "vocab_size": 256, "max_position_embeddings": shape.length, "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    write_json(directory / "config.json", config)
+    return directory
+
+
+class Bench:
+    """One block on one device.
+
+    Args:
+        shape: Of the block and the tokens.
+        device: `auto` is CUDA when there is one.
+        directory: For the model's files.
+    """
+
+    def __init__(self, shape: Shape, device: str, directory: Path) -> None:
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        dtype = torch.float32 if where == "cpu" else torch.bfloat16
+        self.view = ModelView.open(write_model(directory, shape, dtype), device=where)
+        self.shape = shape
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(0, 256, (shape.samples, shape.length), generator=generator)
+        self.stream = Activations.begin(self.view, self.tokens)
+        self._mix(generator)
+        given = self.view.dense_block(0)
+        self.block = BlockState({n: sent(s, self.view.device) for n, s in given.linears.items()}, given.params)
+        self.inputs = self.stream.hidden.clone()
+        self.dense = self._outputs(self.block)
+
+    def _mix(self, generator: torch.Generator) -> None:
+        """Make the hidden states those of no finite vocabulary, correlated and with a few large channels."""
+        width = self.shape.width
+        mixing = (torch.randn(width // 16, width, generator=generator) / 2).to(self.stream.hidden)
+        scale = (2 * torch.randn(width, generator=generator)).exp().clamp(max=30).to(self.stream.hidden)
+        for part in torch.split(self.stream.hidden, 1):
+            noise = torch.randn(*part.shape[:2], width // 16, generator=generator).to(part)
+            part.add_(noise @ mixing).mul_(scale)
+
+    def _fresh(self) -> Activations:
+        """The hidden states before the block."""
+        self.stream.hidden.copy_(self.inputs)
+        self.stream.block = 0
+        return self.stream
+
+    def _outputs(self, block: BlockState) -> Tensor:
+        """What a block makes of the first windows."""
+        with resident(self.view, 0, block):
+            return self.view.run_block(0, *self._fresh().sample(0)).float()
+
+    def error(self, block: BlockState) -> float:
+        """Squared error of a block's outputs relative to what the dense block adds to its inputs."""
+        entered = self._fresh().sample(0)[0].float()
+        change = self._outputs(block) - self.dense
+        return float(change.square().sum() / (self.dense - entered).square().sum())
+
+    def ours(self, job: Job, schedule: str) -> BlockState:
+        """Compress the block with sparsekit and take the hidden states through it."""
+        walk = Walk(
+            view=self.view,
+            method=METHODS.get(job.method),
+            arguments=job.arguments,
+            selected=frozenset(self.block.linears),
+            patterns={name: Pattern(2, 4) for name in self.block.linears} if job.method == "sparsegpt" else {},
+            before=lambda index: self.block,
+            store=StepStore(Path(), self.view.dtype),
+            tokens=self.tokens,
+            schedule=schedule,
+            progress=lambda done, total: None,
+        )
+        stream = self._fresh()
+        after = walk.compressed(0, self.block, stream)
+        with resident(self.view, 0, after):
+            stream.advance(0)
+        return after
+
+    def theirs(self, side: Callable[[nn.Linear], Side]) -> BlockState:
+        """Compress it with a class for each linear, sample by sample, as the papers' scripts do."""
+        stream = self._fresh()
+        with resident(self.view, 0, self.block):
+            linears = self.view.linears(0)
+            sides = {name: side(linear) for name, linear in linears.items()}
+            hooks = [linear.register_forward_hook(_adder(sides[name])) for name, linear in linears.items()]
+            micro_batch, stream.micro_batch = stream.micro_batch, 1
+            stream.calls.setdefault(1, self.view.begin(self.tokens[:1].to(self.view.device))[1])
+            for sample in range(self.shape.samples):
+                self.view.run_block(0, *stream.enter(0, slice(sample, sample + 1)))
+            for hook in hooks:
+                hook.remove()
+            for each in sides.values():
+                each.solve()
+            stream.advance(0)
+            stream.micro_batch = micro_batch
+            found = {n: LinearState(n, linear.weight.detach().float()) for n, linear in linears.items()}
+        return BlockState(found, self.block.params)
+
+    def seconds(self, work: Callable[[], BlockState]) -> tuple[float, BlockState]:
+        """Time of some work, the device's included."""
+        self._wait()
+        start = time.perf_counter()
+        block = work()
+        self._wait()
+        return time.perf_counter() - start, block
+
+    def _wait(self) -> None:
+        if self.view.device.type == "cuda":
+            torch.cuda.synchronize(self.view.device)
+
+    def compared(
+        self, job: Job, others: Mapping[str, Callable[[nn.Linear], Side]], repeats: int
+    ) -> list[dict[str, Any]]:
+        """One row for each schedule of ours and each other side; ratios are to the first of the others."""
+        rows: list[dict[str, Any]] = []
+        first: BlockState | None = None
+        for name, side in others.items():
+            took, block = self.seconds(partial(self.theirs, side))
+            first = block if first is None else first
+            rows.append({"side": name, "seconds": took, "error": self.error(block), "equal": agreement(first, block)})
+        assert first is not None  # there is a side to compare with
+        for schedule in SCHEDULES:
+            runs = [self.seconds(partial(self.ours, job, schedule)) for _ in range(WARM_UP + repeats)]
+            times, block = [took for took, _ in runs[WARM_UP:]], runs[-1][1]
+            rows.append(
+                {
+                    "side": f"sparsekit {schedule}",
+                    "seconds": statistics.median(times),
+                    "least": min(times),
+                    "most": max(times),
+                    "error": self.error(block),
+                    "equal": agreement(first, block),
+                    "ratio": rows[0]["seconds"] / statistics.median(times),
+                }
+            )
+        return rows
+
+
+def described(small: bool) -> dict[str, int]:
+    """The shape as data."""
+    return asdict(SMALL if small else LLAMA_7B)
+
+
+def agreement(one: BlockState, other: BlockState) -> float:
+    """Share of weights that both blocks hold, to the precision that bfloat16 leaves."""
+    same = total = 0
+    for name, state in one.linears.items():
+        a, b = state.weight.bfloat16(), other.linears[name].weight.bfloat16()
+        if bool((a == 0).float().mean() > PRUNED):
+            a, b = a != 0, b != 0  # of a pruned layer the positions are compared
+        same += int((a == b).sum())
+        total += a.numel()
+    return same / total
+
+
+def _adder(side: Side) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        side.add(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+    return add
+
+
+def run_bench(
+    shape: Shape,
+    device: str = "auto",
+    *,
+    jobs: Sequence[str] = tuple(JOBS),
+    others: Mapping[str, Mapping[str, Callable[[nn.Linear], Side]]] | None = None,
+    repeats: int = 3,
+    told: Callable[[str, list[dict[str, Any]]], None] = lambda name, rows: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Both sides of some jobs on one block of random weights.
+
+    Args:
+        shape: Of the block and the tokens.
+        device: Where.
+        jobs: Names out of `JOBS`.
+        others: Further sides by job and name, beside the restated recursion.
+        repeats: Timed runs of our side; the others, which take seconds, run once.
+        told: Called with each job's rows.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+        bench = Bench(shape, device, Path(directory))
+        for name in jobs:
+            job = JOBS[name]
+            sides: dict[str, Callable[[nn.Linear], Side]] = {"the recursion": partial(Restated, job=job)}
+            sides |= (others or {}).get(name, {})
+            found[name] = bench.compared(job, sides, repeats)
+            told(name, found[name])
+    return found
