@@ -126,7 +126,7 @@ def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record
         title = str(level)
         tone: Tone = ""
         if test is not None:
-            text += f", p {significant(test['p'], 2)}"
+            text += f"; p {significant(test['p'], 2)}"
             title += f"; {test['lost']} documents lost, {test['won']} won, exact two-sided p {test['p']}"
             tone = "quiet" if test["p"] > UNSURE else ""
         cells.append(Cell(text, title, tone))

@@ -75,8 +75,8 @@ def environment() -> Environment:
 
 
 def whole(text: str) -> str:
-    """A number with its unit in one piece; a line may end only after an arrow."""
-    return text.replace(" ", JOINED).replace(f"→{JOINED}", "→ ")
+    """A number with its unit in one piece; a line may end only after an arrow or a semicolon."""
+    return text.replace(" ", JOINED).replace(f"→{JOINED}", "→ ").replace(f";{JOINED}", "; ")
 
 
 def html(report: Record) -> str:
