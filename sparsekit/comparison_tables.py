@@ -121,7 +121,7 @@ def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record
             cells.append(NONE)
             continue
         level, spread = value
-        text = f"{level:.4f}" if spread is None else f"{level:.4f} ± {spread:.4f}"
+        text = f"{level:.3f}" if spread is None else f"{level:.3f} ± {spread:.3f}"
         test = tests.get(task, {}).get(metric)
         title = str(level)
         tone: Tone = ""

@@ -173,7 +173,8 @@ def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement:
     whole = Part("the whole model", "P in the blocks · c", (model.numel - model.outside) * c)
     twin = Part("the dense model beside it", "P · c", model.numel * c if agreement else 0)
     logits = Part("logits", "T · V · c for each model", models * tokens * model.vocabulary * c)
-    entry = (24 if agreement else 8) - (4 if c == 4 else 0)  # float32 copy, log-softmax; a second, KL, KL in float64
+    # Each entry: a float32 copy, its log-softmax; with agreement a second one, the KL, the KL in float64.
+    entry = (24 if agreement else 8) - (4 if c == 4 else 0)
     chunk = min(CHUNK, seq_len * model.vocabulary)
     wide = Part("logits of a chunk in float32", "8 bytes, with agreement 24, of 2^24 at most", entry * chunk)
     held = [*always(model), whole, twin]

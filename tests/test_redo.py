@@ -32,7 +32,8 @@ CHAIN = '[{method: wanda, pattern: "2:4"}, {method: rtn, bits: 2, group_size: 16
 
 def write(tmp_path: Path, model: Path, steps: str, evaluate: str, formats: str = "dense") -> Path:
     path = tmp_path / "gate.yaml"
-    path.write_text(RECIPE.format(output=tmp_path / "run", model=model, steps=steps, evaluate=evaluate, formats=formats))
+    text = RECIPE.format(output=tmp_path / "run", model=model, steps=steps, evaluate=evaluate, formats=formats)
+    path.write_text(text)
     return path
 
 
