@@ -161,7 +161,8 @@ def _solving(
         each = SWEEP.get(method, SCORE)
         found.append(("solving a layer", [own, Part("one linear at work", f"{each}N", each * size)]))
         matrix = (8 if model.cuda else 4) * n * n if kind is Gram else 0
-        found.append(("verifying", [own, Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)]))
+        error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
+        found.append(("verifying", [own, error]))
     return found
 
 
