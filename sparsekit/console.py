@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -181,9 +182,16 @@ def outcomes_table(outcomes: Iterable[Outcome]) -> Table:
 
 
 def type_name(annotation: Any) -> str:
-    """`int`, `natural | descending`, `N:M`."""
-    if get_origin(annotation) is Literal:
+    """`int`, `natural | descending`, `N:M`, `int | None`."""
+    origin = get_origin(annotation)
+    if origin is Literal:
         return " | ".join(map(str, get_args(annotation)))
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_name, get_args(annotation)))
     if annotation is Pattern:
         return "N:M"
+    if annotation is NoneType:
+        return "None"
     return str(annotation.__name__) if isinstance(annotation, type) else str(annotation)
