@@ -7,8 +7,9 @@ how to write the tensors back under the names and shapes Hugging Face uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -52,7 +53,7 @@ class UnfusedExperts(nn.Module):
         super().__init__()
         gate_up, down = fused.gate_up_proj, fused.down_proj
         assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)  # `_is_fused` has looked
-        self.act_fn = fused.act_fn
+        self.act_fn = cast("Callable[[Tensor], Tensor]", fused.act_fn)
         self.gate_up_proj = nn.ModuleList(_linear(gate_up.shape[2], gate_up.shape[1]) for _ in range(len(gate_up)))
         self.down_proj = nn.ModuleList(_linear(down.shape[2], down.shape[1]) for _ in range(len(down)))
 
