@@ -88,23 +88,29 @@ _plugin = click.option(
     "--plugin", "plugins", multiple=True, type=click.Path(path_type=Path), help="Load a plugin file; may be repeated."
 )
 
+_trust = click.option(
+    "--trust-remote-code", "trust", is_flag=True, help="Agree to a recipe's trust_remote_code: the model's code runs."
+)
+
 
 @main.command()
 @_recipe
 @_set
 @_plugin
+@_trust
 @click.option("--dry-run", is_flag=True, help="Check the recipe against the model, print the plan and stop.")
 @_named_errors
-def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], dry_run: bool) -> None:
+def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], trust: bool, dry_run: bool) -> None:
     """Run RECIPE, or continue it where it stopped."""
     from rich.console import Console
 
     from sparsekit.console import Terminal
     from sparsekit.console_plan import print_plan
-    from sparsekit.recipe import read_recipe
+    from sparsekit.recipe import read_recipe, refuse_code
     from sparsekit.run import Run
 
     read = read_recipe(recipe, overrides, plugins=plugins)
+    refuse_code(read, trust)
     if dry_run:
         print_plan(Console(), read)
     else:
@@ -115,9 +121,10 @@ def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], dry
 @_recipe
 @_set
 @_plugin
+@_trust
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every layer and every part.")
 @_named_errors
-def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], as_json: bool) -> None:
+def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], trust: bool, as_json: bool) -> None:
     """Predict what RECIPE does to each layer, and its memory, disk and time, without reading weights."""
     import json
 
@@ -125,9 +132,10 @@ def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], as
 
     from sparsekit.console_plan import print_plan
     from sparsekit.estimate import Estimator
-    from sparsekit.recipe import read_recipe
+    from sparsekit.recipe import read_recipe, refuse_code
 
     read = read_recipe(recipe, overrides, plugins=plugins)
+    refuse_code(read, trust)
     if as_json:
         click.echo(json.dumps(Estimator.open(read).all(), indent=2))
     else:

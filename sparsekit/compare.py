@@ -21,7 +21,7 @@ from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.locate import locate
 from sparsekit.plan import model_digest
-from sparsekit.recipe import Recipe
+from sparsekit.recipe import Recipe, refuse_code
 from sparsekit.report import finite
 from sparsekit.run import Listener, Run
 from sparsekit.variants import Arms, read_arms
@@ -57,6 +57,7 @@ class Comparison:
         placed = {name: _placed(recipe, directory / "arms" / name) for name, recipe in arms.recipes.items()}
         _same_model(placed)
         first = next(iter(placed.values()))
+        refuse_code(first, False)
         opened = Run.open(first, listener)
         opened.shared = directory
         runs = {name: opened if recipe is first else opened.arm(recipe) for name, recipe in placed.items()}

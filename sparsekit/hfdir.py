@@ -34,6 +34,19 @@ TOKENIZER_FILES = (
 )
 
 
+def check_place(directory: Path, source: Path) -> None:
+    """Refuse to write an export over the model itself or over something that is no export.
+
+    Raises:
+        CheckpointError: With the directory.
+    """
+    if directory.resolve() == source.resolve():
+        raise CheckpointError(f"{directory} is the model itself; export to another directory")
+    empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    if not empty and not (directory / MARKER).is_file():
+        raise CheckpointError(f"{directory} exists and holds no sparsekit export; export to another directory")
+
+
 @contextmanager
 def staged(directory: Path, source: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `directory` once the block ends well.
@@ -46,10 +59,7 @@ def staged(directory: Path, source: Path) -> Iterator[Path]:
             is left behind, and what was there stays.
     """
     directory = directory.absolute()
-    if directory.resolve() == source.resolve():
-        raise CheckpointError(f"{directory} is the model itself; export to another directory")
-    if directory.exists() and not (directory / MARKER).is_file() and any(directory.iterdir()):
-        raise CheckpointError(f"{directory} exists and holds no sparsekit export; export to another directory")
+    check_place(directory, source)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.export")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,8 @@ class QuantizedFiles(Mapping[str, LinearState]):
         if not isinstance(marker, dict) or not isinstance(files, dict) or not files:
             raise CheckpointError(f"{path} lists no weight files")
         for name, known in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"{path} names {name}, which is outside the directory")
             _check_file(self.directory / str(name), known)
         return marker
 

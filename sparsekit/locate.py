@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparsekit.errors import ModelError, nearest
 
+MOST = 8192  # layers, experts or heads
+COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|heads?)")
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,13 +58,46 @@ def _download(name: str) -> Path:
     return Path(found)
 
 
+def _check_counts(directory: Path) -> None:
+    """Refuse a configuration that is none, or that asks for so many modules that building them would never end.
+
+    Raises:
+        ModelError: With the key.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} is no JSON object")
+    if not isinstance(raw.get("quantization_config") or {}, dict):
+        raise ModelError(f"{path}: quantization_config is no mapping")
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if COUNT.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST:
+                raise ModelError(f"{path}: {key} is {value}, and no model has less than 0 or more than {MOST}")
+
+
+@contextmanager
+def offline(allow_network: bool) -> Iterator[None]:
+    """Keep huggingface_hub from the network unless the recipe allows it: code named in a config is fetched too."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = before or not allow_network
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
 def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model with parameters on meta and buffers (rotary tables) in place."""
+    _check_counts(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
         with init_empty_weights(include_buffers=False):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration may be wrong in any way, and the model's class finds out
         first = str(error).partition("\n")[0]
         raise ModelError(f"{directory} holds no causal LM transformers can build: {first}") from error
     if not isinstance(module, PreTrainedModel):

@@ -22,7 +22,7 @@ from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import ModelError
 from sparsekit.groups import Producer, find_producers, shared_inputs
-from sparsekit.locate import device_of, dtype_of, locate, skeleton
+from sparsekit.locate import device_of, dtype_of, locate, offline, skeleton
 from sparsekit.state import LinearState
 from sparsekit.weights import Weights
 
@@ -117,8 +117,9 @@ class ModelView:
                 or no repeated blocks with linear layers.
         """
         directory = locate(str(path), allow_network=allow_network)
-        module = skeleton(directory, trust_remote_code)
-        weights = Weights(directory, module, trust_remote_code=trust_remote_code)
+        with offline(allow_network):
+            module = skeleton(directory, trust_remote_code)
+            weights = Weights(directory, module, trust_remote_code=trust_remote_code)
         origins = canonicalise(module)
         where = device_of(device)
         stored = weights.dtype() if dtype == "auto" else dtype_of(dtype)

@@ -123,6 +123,20 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, plugins: Sequence[
     return checked(document)
 
 
+def refuse_code(recipe: Recipe, allowed: bool) -> None:
+    """A checkpoint's own Python code runs only when the recipe and whoever starts it both say so.
+
+    Raises:
+        RecipeError: Only the recipe does.
+    """
+    if recipe.model.trust_remote_code and not allowed:
+        message = (
+            "trust_remote_code lets the checkpoint's own Python code run; whoever starts the recipe has to agree, "
+            "with --trust-remote-code on the command line of sparsekit run or plan"
+        )
+        raise RecipeError(message, where=recipe.where("model", "trust_remote_code"))
+
+
 def read_overridden(path: Path, overrides: Sequence[str]) -> Document:
     """A file's values with those of the command line in place.
 

@@ -163,7 +163,7 @@ class Registry:
             spec.loader.exec_module(module)
         except PluginError:
             raise
-        except Exception as error:  # a plugin may fail in any way; its file is what to name
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; its file is what to name
             raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
         if set(self._methods) == before:
             raise PluginError(f"plugin {path} registers no method; decorate a function with @sparsekit.linear_method")

@@ -28,11 +28,12 @@ from sparsekit.entries import Redo
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
+from sparsekit.hfdir import check_place
 from sparsekit.ladder import Ladder, counted
 from sparsekit.model import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.peak import peak_since, start_peak
-from sparsekit.plan import Plan, PlannedStep, make_plan
+from sparsekit.plan import Plan, PlannedStep, make_plan, reads
 from sparsekit.ranks import Place, launch
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.redo import redone, rounds, told, worst_layers
@@ -102,8 +103,16 @@ class Run:
         tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
         directory = recipe.output_directory()
         run = cls(recipe, listener, directory, view, plan_for(recipe, view), tokenizer, directory, Twin(view))
+        run._check()
         listener.planned(recipe, run.plan, view)
         return run
+
+    def _check(self) -> None:
+        """Find what would fail at the end of a run before its start: texts, tasks and places."""
+        self.scoring.texts()
+        self.scoring.check_tasks()
+        for name in self.recipe.export.formats:
+            check_place((self.recipe.export_directory() / name).absolute(), self.view.path)
 
     def arm(self, recipe: Recipe) -> Self:
         """Another recipe for the same model, which shares what this run keeps."""
@@ -145,6 +154,7 @@ class Run:
         with RunLock(self.directory), named():
             remove_temporaries(self.directory)
             write_text(self.directory / "recipe.yaml", self.recipe.resolved_yaml())
+            self._read_texts()
             chain = Chain(self.view)
             dense = self.scoring.perplexity(chain, self.shared / "dense", self.plan.model_digest, "dense model")
             after = dense
@@ -156,6 +166,15 @@ class Run:
             report = self._report(chain, dense, after)
         self._check_gates(report)
         return report
+
+    def _read_texts(self) -> None:
+        """Cut every text that is needed into tokens, so that a bad one ends the run before its work."""
+        data = self.recipe.data
+        wanted = {reads(planned.step): None for planned in self.plan.steps}
+        named = {"calibration": data.calibration, "train": data.train}
+        entries = [named.get(name) for name in wanted] + [data.evaluation[n] for n in self.recipe.evaluate.perplexity]
+        for entry in filter(None, entries):
+            self.windows(entry)
 
     def _step(
         self, planned: PlannedStep, chain: Chain, before: dict[str, Any]

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsekit.chain import Chain
 from sparsekit.checkpoint import sha256_file, write_json
 from sparsekit.data import entry_digest
+from sparsekit.errors import DataError, nearest
 from sparsekit.evaluate import Agreements, lm_eval_scores, perplexity
 from sparsekit.kept import sealed, unsealed
 from sparsekit.model import ModelView
@@ -119,6 +120,24 @@ class Scoring:
         scored = forward if dense is None else agreements.between(forward, dense)
         result = perplexity(scored, self.windows(entry), batch=batch, progress=self.watcher.progress).as_dict()
         return result if dense is None else {**result, "agreement": agreements.as_dict()}
+
+    def check_tasks(self) -> None:
+        """Read the tasks and their data, as scoring will.
+
+        Raises:
+            DataError: A task is unknown, or a file of it is missing or damaged.
+        """
+        wanted = self.recipe.evaluate.lm_eval
+        if not wanted.tasks:
+            return
+        directory = Path(self.recipe.resolve(wanted.tasks_dir)) if wanted.tasks_dir else None
+        known = task_files(directory)
+        ours, others = chosen(list(wanted.tasks), known)
+        for name in dict.fromkeys(name for names in ours.values() for name in names):
+            known[name].with_data(directory)
+        if others and not self.recipe.allow_network:
+            hint = nearest(others[0], [*known, *ours])
+            raise DataError(f"no task {others[0]!r}.{hint} Tasks of lm-eval itself need allow_network: true.")
 
     def tasks(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, Any]:
         """Zero-shot scores of a model; `directory` keeps them in `tasks.json`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +69,19 @@ class Weights:
         return False
 
     def _load_whole(self, missing: list[str], trust_remote_code: bool) -> None:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            self.directory, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.directory,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            first = str(error).strip().partition("\n")[0]
+            told = f"has no tensor {missing[0]} ({len(missing)} tensors are missing)"
+            raise ModelError(f"{self.directory} {told}, and Transformers cannot convert it: {first}") from error
         absent = sorted(report["missing_keys"])
         if absent:
             raise ModelError(f"{self.directory} has no tensor {absent[0]} ({len(absent)} tensors are missing)")
@@ -140,6 +151,7 @@ def _index(directory: Path) -> dict[str, Path]:
         others = [path.name for path in directory.glob("*.bin")]
         found = f"; {others[0]} is a pickle file, which sparsekit does not open" if others else ""
         raise ModelError(f"{directory} has no .safetensors weights{found}")
+    _check_shards(directory, {path.name for path in files})
     index: dict[str, Path] = {}
     for path in files:
         try:
@@ -148,3 +160,23 @@ def _index(directory: Path) -> dict[str, Path]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is no whole safetensors file: {error}") from error
     return index
+
+
+def _check_shards(directory: Path, there: set[str]) -> None:
+    """Every shard that an index names must be in the directory.
+
+    Raises:
+        ModelError: One is missing, or the index points elsewhere.
+    """
+    for path in sorted(directory.glob("*.safetensors.index.json")):
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is no JSON: {error}") from error
+        listed = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ModelError(f"{path} has no weight_map from tensors to files")
+        for name in sorted(set(listed.values()) - there):
+            if Path(name).name != name:
+                raise ModelError(f"{path} names {name}, which is outside the directory")
+            raise ModelError(f"{directory / name} is missing, {path.name} lists it")

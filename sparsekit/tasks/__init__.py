@@ -58,6 +58,9 @@ class TaskFile:
         if directory is None:
             raise DataError(f"task {self.name} needs evaluate.lm_eval.tasks_dir, the directory with its data")
         labels = kwargs.get("labels", {})
+        for file in (*kwargs["data_files"].values(), *labels.values()):
+            if not (directory / str(file)).resolve().is_relative_to(directory.resolve()):
+                raise DataError(f"{self.path}: data file {file} is outside {directory}")
         splits = {
             split: read_rows(self.name, directory / file, directory / labels[split] if split in labels else None)
             for split, file in kwargs["data_files"].items()
@@ -146,7 +149,10 @@ def read_rows(task: str, path: Path, labels: Path | None) -> list[dict[str, Any]
         column = _lines(task, labels)
         if len(column) != len(rows):
             raise DataError(f"task {task}: {labels} has {len(column)} labels for the {len(rows)} rows of {path}")
-        rows = [{**row, "label": int(label)} for row, label in zip(rows, column, strict=True)]
+        try:
+            rows = [{**row, "label": int(label)} for row, label in zip(rows, column, strict=True)]
+        except ValueError as error:
+            raise DataError(f"task {task}: {labels} holds something that is no whole number: {error}") from error
     return rows
 
 
