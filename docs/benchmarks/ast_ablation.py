@@ -1,0 +1,310 @@
+"""Ablations of AST in one process: every arm of recipes/ast shares the teacher, the tokens and the compiled blocks.
+
+    python docs/benchmarks/ast_ablation.py recipes/ast/table4.yaml --out ast_table4.json
+    python docs/benchmarks/ast_ablation.py recipes/ast/table4.yaml --arms fixed-kd adaptive --seeds 1 2 --out s.json
+    python docs/benchmarks/ast_ablation.py --table --out ast_table4.json
+
+Each file is a comparison whose arms end with an `ast` step; the steps before it are run once, and again only
+for another file. An arm that --out holds with the same steps, tokens and seed is not repeated. What is scored
+is what an export would store, on the file's first evaluation text (--text names another). Choose there; score
+a test text once, for the arm that was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from sparsekit.chain import Chain
+from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
+from sparsekit.entries import Exports, Measurements
+from sparsekit.errors import RecipeError
+from sparsekit.evaluate import perplexity
+from sparsekit.model import ModelView
+from sparsekit.recipe import Recipe
+from sparsekit.run import Run
+from sparsekit.train import Trained, TrainJob
+from sparsekit.units import Count
+from sparsekit.variants import read_arms
+
+VALIDATED = 32  # windows of the curve
+SCORED_AT_ONCE = {"cpu": 4, "cuda": 32}  # windows
+
+
+class Silent:
+    """A `sparsekit.run.Listener` that says nothing."""
+
+    def planned(self, *_: object) -> None:
+        """Nothing."""
+
+    def started(self, title: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def noted(self, text: str) -> None:
+        """Nothing."""
+
+    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
+        """Nothing."""
+
+    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Bench:
+    """What the arms of a file share.
+
+    Attributes:
+        run: An opened run of one of the arms, for its texts.
+        text: The evaluation text that is scored.
+        runs: Where the steps before AST are kept.
+    """
+
+    run: Run
+    text: str
+    runs: Path
+    starts: dict[str, list[BlockState]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        recipe = self.run.recipe
+        assert recipe.data.train is not None  # a recipe with ast has it
+        self.tokens = self.run.windows(recipe.data.train)
+        self.scored = self.run.windows(recipe.data.evaluation[self.text])
+        self.teacher, self.student = self.run.view.copy(), self.run.view.copy()
+        self.dense = [self.teacher.dense_block(index) for index in range(len(self.teacher.blocks))]
+        self.teacher.materialise_all(self.dense)
+
+    def fits(self, recipe: Recipe, text: str) -> bool:
+        """Whether an arm has this model and these texts; arms of several files may."""
+        own = self.run.recipe
+        return (
+            text == self.text
+            and recipe.model == own.model
+            and recipe.data.train == own.data.train
+            and recipe.data.evaluation[text] == own.data.evaluation[text]
+            and recipe.resolve(".") == own.resolve(".")  # paths start at the file
+        )
+
+    def start(self, recipe: Recipe) -> list[BlockState]:
+        """The blocks that the steps before AST leave; each such chain is run once."""
+        before = recipe.steps[:-1]
+        if not before:
+            return self.dense
+        calibration = recipe.data.calibration
+        key = json.dumps([calibration and calibration.model_dump(), *(step.as_dict() for step in before)])
+        if key not in self.starts:
+            place = self.runs / "-".join(step.method.name for step in before)
+            changes = {"steps": before, "output": str(place), "export": Exports(formats=[]), "evaluate": Measurements()}
+            run = Run.open(recipe.model_copy(update=changes), Silent())
+            run.execute()
+            assert run.last is not None  # there are steps
+            chain = Chain(run.view, [StepStore(run.shared / "steps" / run.last.directory, run.view.dtype)])
+            self.starts[key] = list(chain.blocks())
+        return self.starts[key]
+
+    def train(self, recipe: Recipe, arguments: Mapping[str, Any], seed: int) -> tuple[Trained, list[dict[str, Any]]]:
+        """One arm on a fresh student; returns what it made and its curve."""
+        blocks = self.start(recipe)
+        self.student.load_rest({})
+        self.student.materialise_all(blocks)
+        curve: list[dict[str, Any]] = []
+        with tempfile.TemporaryDirectory() as directory:
+            job = TrainJob(
+                student=self.student.module,
+                teacher=self.teacher.module,
+                linears={name: state for block in blocks for name, state in block.linears.items()},
+                tokens=self.tokens,
+                valid=self.scored[:VALIDATED],
+                seed=seed,
+                directory=Path(directory),
+                log=curve.append,
+                progress=lambda done, total: None,
+            )
+            trained: Trained = recipe.steps[-1].method.function(job, **arguments)
+        return trained, curve
+
+    def score(self, trained: Trained | None) -> dict[str, Any]:
+        """Perplexity of what would be stored; of the dense model for None."""
+        if trained is not None:
+            inside = set()
+            for index, block in enumerate(self.dense):
+                params = {name: trained.params.get(name, value) for name, value in block.params.items()}
+                inside |= params.keys()
+                self.student.materialise(
+                    index, BlockState({name: trained.linears[name] for name in block.linears}, params)
+                )
+            self.student.load_rest({name: value for name, value in trained.params.items() if name not in inside})
+        view = self.teacher if trained is None else self.student
+        return perplexity(
+            lambda tokens: logits(view, tokens),
+            self.scored,
+            batch=SCORED_AT_ONCE[view.device.type],
+            progress=lambda done, total: None,
+        ).as_dict()
+
+
+def logits(view: ModelView, tokens: Tensor) -> Tensor:
+    """Logits [batch, seq_len, vocabulary] of tokens int [batch, seq_len]."""
+    with torch.inference_mode():
+        found: Tensor = view.module(input_ids=tokens.long().to(view.device), use_cache=False).logits
+    return found
+
+
+def arms_of(
+    files: Sequence[Path], wanted: Sequence[str], overrides: Sequence[str]
+) -> Iterator[tuple[Path, str, Recipe]]:
+    """The wanted arms of the files, in their order."""
+    matched = set()
+    for file in files:
+        for name, recipe in read_arms([file], overrides).recipes.items():  # its name is the arm's
+            if recipe.steps[-1].method.name != "ast":
+                raise RecipeError(f"arm {name} ends with {recipe.steps[-1].method.name}, not with ast", where=str(file))
+            found = [glob for glob in wanted if fnmatchcase(name, glob)]
+            matched |= set(found)
+            if found or not wanted:
+                yield file, name, recipe
+    if missing := [glob for glob in wanted if glob not in matched]:
+        raise RecipeError(f"no arm is called {missing[0]!r}")
+
+
+def arguments_of(recipe: Recipe, tokens: int | None) -> dict[str, Any]:
+    """Arguments of an arm's AST step; no checkpoints, nobody goes on with an ablation."""
+    params = recipe.steps[-1].params
+    given = {name: getattr(params, name) for name in type(params).model_fields}
+    changed = {} if tokens is None else {"tokens": tokens, "budget": None}
+    return {**given, "checkpoint_every": 10**9, **changed}
+
+
+def one(bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: int | None) -> dict[str, Any]:
+    """Train and score an arm."""
+    cuda = bench.student.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    trained, curve = bench.train(recipe, arguments_of(recipe, tokens), seed)
+    seconds = time.monotonic() - began
+    score = bench.score(trained)
+    return {
+        "arm": name,
+        "file": file.name,
+        "seed": seed,
+        "steps": [step.as_dict() for step in recipe.steps],
+        "budget": tokens,
+        "text": bench.text,
+        "score": {key: value for key, value in score.items() if not isinstance(value, list)},
+        "seconds": seconds,
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "metrics": dict(trained.metrics),
+        "curve": curve,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def same(old: Mapping[str, Any], name: str, recipe: Recipe, seed: int, tokens: int | None, text: str) -> bool:
+    """Whether a result is of this arm."""
+    about = (name, seed, tokens, text, [step.as_dict() for step in recipe.steps])
+    return about == tuple(old.get(key) for key in ("arm", "seed", "budget", "text", "steps")) and "failed" not in old
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown, an arm and seed a line."""
+    lines = ["| file | arm | seed | tokens | perplexity | to dense | flips from the first mask | seconds | tok/s |"]
+    lines.append("|---" * 9 + "|")
+    for row in results["arms"]:
+        if "failed" in row:
+            lines.append(f"| {row['file']} | {row['arm']} | {row['seed']} | | failed: {row['failed'][:80]} | | | | |")
+            continue
+        dense = results["dense"][row["text"]]["perplexity"]
+        metrics, score = row["metrics"], row["score"]["perplexity"]
+        lines.append(
+            f"| {row['file'].removesuffix('.yaml')} | {row['arm']} | {row['seed']} | {metrics['tokens'] / 1e6:.1f}M "
+            f"| {score:.3f} | {score - dense:+.3f} | {metrics['initial_flip_rate']:.1%} | {row['seconds']:.0f} "
+            f"| {metrics['tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def measure(given: argparse.Namespace, results: dict[str, Any]) -> bool:
+    """Run what is not there yet; returns whether everything went well."""
+    bench: Bench | None = None
+    good = True
+    for file, name, recipe in list(arms_of(given.files, given.arms, given.set)):
+        text = given.text or next(iter(recipe.data.evaluation))
+        for seed in given.seeds:
+            if any(same(old, name, recipe, seed, given.tokens, text) for old in results["arms"]):
+                print(f"{file.name} {name} seed {seed}: done before", flush=True)
+                continue
+            if bench is None or not bench.fits(recipe, text):
+                bench = None  # one at a time on the device
+                gc.collect()
+                run = Run.open(recipe.model_copy(update={"output": str(given.runs)}), Silent())
+                bench = Bench(run, text, given.runs)
+                results["dense"][text] = strip(bench.score(None))
+            try:
+                row = one(bench, file, name, recipe, seed, given.tokens)
+                told = f"{row['score']['perplexity']:.3f}  {row['seconds']:.0f} s"
+            except Exception as error:  # the other arms are still worth having; the exit status tells
+                good, told = False, f"failed: {type(error).__name__}: {error}"[:300]
+                row = {"arm": name, "file": file.name, "seed": seed, "budget": given.tokens, "failed": told}
+            results["arms"] = [old for old in results["arms"] if place_of(old) != place_of(row)] + [row]
+            write_json(given.out, results)
+            print(f"{file.name} {name} seed {seed}: {told}", flush=True)
+    return good
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a new result takes the place of."""
+    return tuple(row.get(key) for key in ("file", "arm", "seed", "budget"))
+
+
+def strip(score: Mapping[str, Any]) -> dict[str, Any]:
+    """A score without its windows."""
+    return {key: value for key, value in score.items() if not isinstance(value, list)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--arms", nargs="*", default=[], metavar="NAME", help="names or globs; all of them if absent")
+    parser.add_argument("--tokens", type=count, help="in place of the files', as in 99.6M")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--text", help="evaluation text to score; the first of the file if absent")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every file")
+    parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "sparsekit-ablation")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; arms measured before are kept")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown")
+    given = parser.parse_args()
+    results: dict[str, Any] = {"dense": {}, "arms": []}
+    results = read_json(given.out) if given.out.exists() else results
+    good = measure(given, results)
+    if given.table:
+        print(table(results))
+    sys.exit(not good)
+
+
+def count(text: str) -> int:
+    """`26.2M` as a number."""
+    found: int = TypeAdapter(Count).validate_python(text)
+    return found
+
+
+if __name__ == "__main__":
+    main()
