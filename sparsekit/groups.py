@@ -146,7 +146,8 @@ def find_producers(
         earlier = order[: order.index(group[0])]
         candidates = [*_norms(outputs, modules, inputs.get(group[0])), *_rows(consumers[0], earlier, linears, heads)]
         proven = next((c for c in candidates if _absorbs(c, modules[c.module], consumers, run, expected)), None)
-        tried = ", ".join(dict.fromkeys(c.module.rpartition(".")[2] for c in candidates)) or "nothing with matching channels"
+        names = dict.fromkeys(candidate.module.rpartition(".")[2] for candidate in candidates)
+        tried = ", ".join(names) or "nothing with matching channels"
         found.append(proven or f"no operation before it absorbs a scale of its input (tried {tried})")
     return found
 

@@ -90,7 +90,8 @@ def test_rung_columns_takes_inputs_out_of_the_repair_and_keeps_their_weights():
     with pytest.raises(NumericsError, match="max_rung: columns"):
         mended("tokens", x)
     statistic, notes = mended("columns", x)
-    assert notes == ("1 of 16 inputs were not finite; they were taken as uncorrelated and as large as the largest other",)
+    (note,) = notes
+    assert note == "1 of 16 inputs were not finite; they were taken as uncorrelated and as large as the largest other"
     assert rungs_of(notes) == ("columns",)
     assert finite(statistic)
     assert float(statistic.norm[5]) == pytest.approx(float(statistic.norm.max()))

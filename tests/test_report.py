@@ -245,7 +245,8 @@ def test_terminal_and_report_write_times_alike():
 def test_agreement_is_shown_when_it_was_measured():
     report = make_report()
     assert "KL to dense" not in html(report)
-    report["final"]["valid"]["agreement"] = {"kl": 0.1234, "kl_stderr": 0.01, "top1": 0.812, "top1_stderr": 0.003, "tokens": 99}
+    figures = {"kl": 0.1234, "kl_stderr": 0.01, "top1": 0.812, "top1_stderr": 0.003, "tokens": 99}
+    report["final"]["valid"]["agreement"] = figures
     page, text = html(report), markdown(report)
     assert "KL to dense" in page
     assert ">0.123<" in page

@@ -160,7 +160,8 @@ def test_interrupt_exits_130_with_a_plain_message(tmp_path, random_model):
 def test_gptq_after_wanda_repairs_from_the_dense_weights(tmp_path, random_model):
     chained = '  - {method: wanda, pattern: "2:4"}\n' + GPTQ
     run(write(tmp_path, random_model, chained, "wanda"))
-    run(write(tmp_path, random_model, '  - {method: wanda, pattern: "2:4"}\n  - {method: rtn, group_size: 16}\n', "rtn"))
+    rounded = '  - {method: wanda, pattern: "2:4"}\n  - {method: rtn, group_size: 16}\n'
+    run(write(tmp_path, random_model, rounded, "rtn"))
     from sparsekit.checkpoint import StepStore
 
     (step,) = (tmp_path / "wanda" / "steps").glob("1-wanda-*")
