@@ -229,7 +229,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines.append("|---" * 9 + "|")
     for row in results["arms"]:
         if "failed" in row:
-            lines.append(f"| {row['file']} | {row['arm']} | {row['seed']} | | failed: {row['failed'][:80]} | | | | |")
+            lines.append(f"| {row['file']} | {row['arm']} | {row['seed']} | | {row['failed'][:80]} | | | | |")
             continue
         dense = results["dense"][row["text"]]["perplexity"]
         metrics, score = row["metrics"], row["score"]["perplexity"]
