@@ -123,7 +123,7 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     assert setting is not None  # there are always integers
     alone = "Transformers alone stops with an ImportError that names gptqmodel."
     engines = {
-        "Transformers 5.23 with gptqmodel 7.6": f"Checked on CPU. {alone}",
+        "Transformers 5.24 with gptqmodel 7.6": f"Checked on CPU. {alone}",
         "vLLM 0.32 (CPU build)": "Checked on CPU. It runs as ordinary int4: the 2:4 zeros bring no speed there.",
     }
     if setting.complete:
@@ -131,7 +131,7 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     else:
         why = "Linears left dense inside the blocks were not tried."
         notes = [EngineNote(engine, "not checked", why) for engine in engines]
-    refusal = "It knows no quant_method awq in the checkpoints it opens; use the gptq format for it."
+    refusal = "Not made for this format; write gptq for it."
     return [*notes, EngineNote("auto-gptq 0.7.1 with Transformers 4.57", "not checked", refusal)]
 
 

@@ -164,7 +164,7 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
 
 
 def _transformers(setting: Setting) -> EngineNote:
-    engine = "Transformers 5.23 with compressed-tensors 0.20"
+    engine = "Transformers 5.24 with compressed-tensors 0.20"
     alone = "Transformers alone stops with an ImportError that names compressed-tensors."
     if setting.act_order:
         return EngineNote(engine, "not checked", f"Permuted groups were not tried. {alone}")

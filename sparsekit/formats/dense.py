@@ -9,7 +9,7 @@ from sparsekit.formats.base import Format, Setting
 def _engines(setting: Setting | None) -> list[EngineNote]:
     return [
         EngineNote(
-            "Transformers 5.23",
+            "Transformers 5.24",
             "loads",
             "Opens with AutoModelForCausalLM.from_pretrained like the original; the run compares its logits.",
         ),

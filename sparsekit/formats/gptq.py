@@ -179,7 +179,7 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
 
 
 def _transformers(setting: Setting) -> EngineNote:
-    engine = "Transformers 5.23 with gptqmodel 7.6 and optimum 2.3"
+    engine = "Transformers 5.24 with gptqmodel 7.6 and optimum 2.3"
     alone = "Transformers alone stops with an ImportError that names optimum."
     if not setting.complete:
         return EngineNote(engine, "not checked", f"Linears left dense inside the blocks were not tried. {alone}")
