@@ -116,26 +116,36 @@ class LowRank(nn.Module):
         return F.linear(summed, self.up)
 
 
-def _added(linear: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    added: Tensor = linear.get_submodule(ATTRIBUTE)(arguments[0])
-    return output + added
+class Branched(nn.Linear):
+    """A linear that computes W x + S (X x); its weight is the one it had, and it still is an `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        added: Tensor = self.get_submodule(ATTRIBUTE)(input)
+        return super().forward(input) + added
 
 
 def attach(linear: nn.Linear, branch: Branch) -> None:
-    """Let a linear compute W x + S (X x); its weight stays the one it has."""
+    """Let a linear compute W x + S (X x); its weight stays the one it has.
+
+    Its class changes, and not a hook: torch.compile asks for the class of a module before it takes a
+    graph it has, and not for its hooks, so a graph without the branch would be taken.
+
+    Raises:
+        MethodError: It is of a class of its own, whose forward would be lost.
+    """
+    if type(linear) not in (nn.Linear, Branched):
+        raise MethodError(f"a {type(linear).__name__} is no plain nn.Linear and can carry no low-rank branch")
     detach(linear)
     linear.add_module(ATTRIBUTE, LowRank(branch, linear.weight.dtype, linear.weight.device))
-    # a hook, no new class: the walk, the quantizers and the exports go on seeing a linear with a weight
-    linear.register_forward_hook(_added)
+    linear.__class__ = Branched
 
 
 def detach(linear: nn.Linear) -> None:
     """Take the branch off, if there is one."""
     if attached(linear):
         del linear._modules[ATTRIBUTE]
-        for key, hook in list(linear._forward_hooks.items()):
-            if hook is _added:
-                del linear._forward_hooks[key]
+        linear.__class__ = nn.Linear
 
 
 def attached(linear: nn.Module) -> bool:

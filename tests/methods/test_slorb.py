@@ -106,6 +106,32 @@ def test_a_branch_hangs_on_a_linear_and_comes_off():
     assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
 
 
+class Block(nn.Module):
+    """One linear, called as a model's block calls its linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def test_a_graph_that_was_compiled_without_the_branch_is_not_taken():
+    """As in a process that trains one arm without and the next one with it; a hook failed here."""
+    torch.manual_seed(0)
+    dense, x = Block(), torch.randn(3, 64)
+    weight = dense.proj.weight.detach()
+    branch = mean_branch(weight, TWO_OF_FOUR.keep(weight.abs()), 16, trained=True)
+    for with_branch in (False, True, False):
+        block = copy.deepcopy(dense)
+        if with_branch:
+            attach(block.proj, branch)
+        expected = block(x)
+        block.compile(backend="eager", dynamic=False)
+        torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize("projection", ["trained", "sum"])
 def test_it_trains_with_everything_else_and_is_counted(tmp_path, projection):
     job = make_job(tmp_path)
