@@ -27,7 +27,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.stats import Gram
 
-SHAPES = ((768, 768), (2048, 768))
+SHAPES = ((768, 768), (2048, 768), (2048, 2048))
 BLOCK = 128
 
 
