@@ -146,21 +146,26 @@ class Activations:
             False if that cannot be done, as what waits would not fit the memory or a linear is called
             again after its group was settled: the buffer is as it was, weights may have been changed.
         """
-        linears = self.view.linears(index)
-        if self._waiting(max(linears[group[0]].in_features for group in groups)) > WAITING_SHARE * _free(
-            self.view.device
-        ):
+        doors = [self.view.linears(index)[group[0]] for group in groups]
+        samples, length, width = self.hidden.shape
+        widest = max(door.in_features for door in doors)
+        waiting = samples * length * waiting_bytes(width, widest, self.hidden.element_size())
+        if waiting > WAITING_SHARE * free_memory(self.view.device):
             return False
-        statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
-        feeders = [_feeder(statistic) for statistic in statistics]
+        statistics: dict[int, Statistic] = {}  # made when the first token comes, dropped when settled
+
+        def feed(group: int, x: Tensor) -> None:
+            if group not in statistics:
+                statistics[group] = kind.empty(doors[group].in_features, self.view.device)
+            _feeder(statistics[group])(doors[group], (x,))
+
+        def settle_and_drop(group: int) -> None:
+            known = group in statistics  # not if no token reached it
+            settle(group, statistics.pop(group) if known else kind.empty(doors[group].in_features, self.view.device))
+
         batches = list(self._batches())
         try:
-            outputs = one_pass(
-                [partial(self._left, index, part) for part in batches],
-                [linears[group[0]] for group in groups],
-                lambda group, x: feeders[group](linears[groups[group][0]], (x,)),
-                lambda group: settle(group, statistics[group]),
-            )
+            outputs = one_pass([partial(self._left, index, part) for part in batches], doors, feed, settle_and_drop)
         except CalledAgain:
             return False
         except torch.OutOfMemoryError:  # many micro-batches wait at once here; group by group takes less
@@ -175,10 +180,10 @@ class Activations:
         """What the resident block makes of a micro-batch, where the buffer is."""
         return self.view.run_block(index, *self.enter(index, part)).to(self.hidden.device)
 
-    def _waiting(self, widest: int) -> int:
-        """Bytes of the tensors that all tokens hold while they wait for a group, at most."""
-        samples, length, width = self.hidden.shape
-        return samples * length * (WAITING_WIDTHS * width + widest) * self.hidden.element_size()
+
+def waiting_bytes(width: int, widest: int, element: int) -> int:
+    """Bytes that a token holds at most while it waits for a group of `widest` inputs."""
+    return (WAITING_WIDTHS * width + widest) * element
 
 
 def _feeder(statistic: Statistic, *, finite: bool = False) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -195,10 +200,10 @@ def _home(shape: tuple[int, int, int], like: Tensor) -> torch.device:
     if like.device.type != "cuda":
         return like.device
     size = shape[0] * shape[1] * shape[2] * like.element_size()
-    return like.device if size < DEVICE_SHARE * _free(like.device) else torch.device("cpu")
+    return like.device if size < DEVICE_SHARE * free_memory(like.device) else torch.device("cpu")
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes of device memory that are free; of a host's memory all."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

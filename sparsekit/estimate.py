@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsekit import memory_model as memory
-from sparsekit.activations import DEVICE_SHARE
+from sparsekit.activations import DEVICE_SHARE, WAITING_SHARE, free_memory, waiting_bytes
 from sparsekit.charts import place
 from sparsekit.formats import FORMATS
 from sparsekit.microbench import Bench
@@ -143,16 +143,21 @@ class Estimator:
         hidden = samples * seq_len * self.sizes.width * self.sizes.computed
         on_device = not self.sizes.cuda or hidden < DEVICE_SHARE * self._free()
         in_order = planned.step.schedule == "group"
+        waiting = 0
+        if in_order and planned.step.method.scope == "linear":
+            widest = max(self.sizes.largest.inputs())
+            waiting = samples * seq_len * waiting_bytes(self.sizes.width, widest, self.sizes.computed)
+            waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
         moments = memory.walk_moments(
             self.sizes, planned.step.method.name, kind,
-            samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order,
+            samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
         )  # fmt: skip
         host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden)
         block, tokens = self.sizes.largest, samples * seq_len
         solving = sum(self.bench.method_seconds(planned, block).values())
         passes = 0.0
         if kind is not None and tokens:
-            rounds = len(block.groups) if in_order else 1
+            rounds = len(block.groups) * (not waiting) if in_order else 1  # who waits is run once
             updates = sum(self.bench.statistic_seconds(kind, inputs) for inputs in block.inputs())
             passes = tokens * (self.forward_seconds(seq_len) * (1 + rounds) + updates)
         return *self._split(memory.peak(moments), host), self._blocks() * (solving + passes)

@@ -108,6 +108,7 @@ def walk_moments(
     seq_len: int,
     on_device: bool,
     in_order: bool,
+    waiting: int = 0,
 ) -> list[Moment]:
     """Moments of a step over blocks, on the device.
 
@@ -119,12 +120,15 @@ def walk_moments(
         seq_len: Tokens of a window.
         on_device: Whether the calibration's hidden states stay on the device.
         in_order: Groups are collected and solved one by one.
+        waiting: Bytes of what the micro-batches hold meanwhile, when they wait for each group.
     """
     c, held, moments = model.computed, always(model), list[Moment]()
     tokens = model.micro_batch(samples, seq_len)
     if kind is not None and on_device:
         buffer = samples * seq_len * model.width * c
         held.append(Part("hidden states of all windows", "windows · length · d · c", buffer))
+    if waiting:
+        held.append(Part("micro-batches that wait for a group", "windows · length · (6d + n) · c", waiting))
     for block in _kinds(model.blocks):
         inputs = block.inputs()
         weights = Part("one block", "B · c", block.numel * c)
@@ -138,14 +142,15 @@ def walk_moments(
             update = Part("adding to a statistic", "T · (3d + n) · c, and |x| in float32", adding)
             moments.append(Moment("collecting", [*held, weights, statistics, update]))
         resident = [weights] if in_order or method == "awq" else []
+        if model.cuda and kind is not None and method != "awq":  # a method of scope linear
+            linear = sum(out * columns for out, columns in block.linears.values())
+            resident.append(Part("values of its linears before and after, masks", "9B", 9 * linear))
         for name, parts in _solving(model, block, method, kind):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
 
 
-def _solving(
-    model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None
-) -> list[tuple[str, list[Part]]]:
+def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None) -> list[tuple[str, list[Part]]]:
     """What a method holds while it works on the linears of a block."""
     found, kept = list[tuple[str, list[Part]]](), 0
     solves = kind is Gram and method in ("gptq", "sparsegpt")
