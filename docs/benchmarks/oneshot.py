@@ -20,32 +20,26 @@ medians of CUDA-event times, with the spread.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import cProfile
-import importlib
 import io
 import json
 import pstats
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from device_time import Silent, profiled, timed
+from oneshot_block import block
+from torch import Tensor
 
-from sparsekit import bench
-from sparsekit.console_bench import bench_table
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.obs import BLOCK, sweep
 from sparsekit.pattern import Pattern
@@ -68,21 +62,6 @@ SWEEPS: dict[str, dict[str, Any]] = {
     "half": {"pattern": Pattern.unstructured(0.5)},
 }
 GROUPS = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-
-
-def timed(call: Callable[[], object], repeats: int = 5, warm: int = 2) -> dict[str, float]:
-    """Milliseconds of a call on the device: median, least and most."""
-    times = []
-    for index in range(repeats + warm):
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if index >= warm:
-            times.append(start.elapsed_time(end))
-    return {"ms": round(statistics.median(times), 4), "least": round(min(times), 4), "most": round(max(times), 4)}
 
 
 def tokens(count: int, columns: int, seed: int = 0) -> Tensor:
@@ -163,15 +142,6 @@ def error(weight: Tensor, result: Tensor, gram: Gram) -> float:
     return float(((change @ gram.matrix) * change).sum(dtype=torch.float64))
 
 
-def profiled(call: Callable[[], object], rows: int = 8) -> list[str]:
-    """The kernels that take the most time in a call, and how often they are launched."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:rows]
-    return [f"{event.device_time_total / 1000:9.3f} ms {event.count:5} x {event.key[:80]}" for event in events]
-
-
 def gram() -> dict[str, Any]:
     """Our accumulation and the recursion's, of 64 Ki tokens in bfloat16."""
     columns, count = 11008, 65536
@@ -238,85 +208,6 @@ def mask() -> dict[str, Any]:
     return row
 
 
-class SparseGptClass:
-    """The authors' SparseGPT class as a `bench.Side`."""
-
-    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
-        self._linear = linear
-        self._solver = module.SparseGPT(linear)
-
-    def add(self, x: Tensor) -> None:
-        """Take a sample's inputs."""
-        self._solver.add_batch(x.unsqueeze(0), x)
-
-    def solve(self) -> None:
-        """Prune in place."""
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
-            self._solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
-        self._solver.free()
-
-
-class AutoGptqClass:
-    """AutoGPTQ's GPTQ class as a `bench.Side`."""
-
-    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
-        self._solver = module.GPTQ(linear)
-        self._solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
-
-    def add(self, x: Tensor) -> None:
-        """Take a sample's inputs."""
-        self._solver.add_batch(x.unsqueeze(0), x)
-
-    def solve(self) -> None:
-        """Quantize in place."""
-        self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
-        self._solver.free()
-
-
-def package(name: str, directory: Path) -> None:
-    """A package whose modules can be imported without running its __init__."""
-    module = ModuleType(name)
-    module.__path__ = [str(directory)]  # type: ignore[attr-defined]
-    sys.modules[name] = module
-
-
-def block(sparsegpt: Path | None, autogptq: Path | None, small: bool) -> dict[str, Any]:
-    """The whole block; the authors' classes beside ours if they are there."""
-    others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
-    if sparsegpt is not None:
-        package("authors_sparsegpt", sparsegpt)
-        sys.path.insert(0, str(sparsegpt))  # its modules import one another by plain names
-        module = importlib.import_module("authors_sparsegpt.sparsegpt")
-        others["sparsegpt 2:4"] = {"SparseGPT class": partial(SparseGptClass, module=module)}
-    if autogptq is not None:
-        package("auto_gptq", autogptq / "auto_gptq")
-        package("auto_gptq.quantization", autogptq / "auto_gptq" / "quantization")
-        module = importlib.import_module("auto_gptq.quantization.gptq")
-        others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
-    console = Console(width=110)
-    shape = bench.SMALL if small else bench.LLAMA_7B
-    found = bench.run_bench(shape, others=others, told=lambda name, rows: console.print(bench_table(name, rows)))
-    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape)}
-
-
-def phases(shape: bench.Shape) -> dict[str, list[str]]:
-    """The kernels of our side, both schedules of SparseGPT."""
-    found = {}
-    with tempfile.TemporaryDirectory() as directory:
-        one = bench.Bench(shape, "cuda", Path(directory))
-        for schedule in bench.SCHEDULES:
-            call = partial(one.ours, bench.JOBS["sparsegpt 2:4"], schedule)
-            call()
-            torch.cuda.reset_peak_memory_stats()
-            resting = torch.cuda.memory_allocated()
-            found[schedule] = profiled(call, 24)
-            peak = (torch.cuda.max_memory_allocated() - resting) / 2**30
-            print(f"{schedule}: {peak:.2f} GiB above {resting / 2**30:.2f}")
-            for line in found[schedule]:
-                print("   ", line)
-    return found
-
-
 def awq() -> dict[str, Any]:
     """AWQ's search over 20 ratios and the clip search of each group."""
     found: dict[str, Any] = {}
@@ -332,25 +223,6 @@ def awq() -> dict[str, Any]:
         for line in found[name]["kernels"]:
             print("   ", line)
     return found
-
-
-class Silent:
-    """A `sparsekit.run.Listener` that says nothing."""
-
-    def planned(self, recipe: object, plan: object, view: object) -> None:
-        """Nothing."""
-
-    def started(self, title: str) -> None:
-        """Nothing."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def finished(self, summary: object, *, cached: bool) -> None:
-        """Nothing."""
-
-    def closed(self, report: object, files: object) -> None:
-        """Nothing."""
 
 
 def base(model: Path, text: Path) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Part `block` of oneshot.py: a whole block by sparsekit, by the recursion and by the authors' classes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from device_time import profiled
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsekit import bench
+from sparsekit.console_bench import bench_table
+
+
+class SparseGptClass:
+    """The authors' SparseGPT class as a `bench.Side`."""
+
+    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
+        self._linear = linear
+        self._solver = module.SparseGPT(linear)
+
+    def add(self, x: Tensor) -> None:
+        """Take a sample's inputs."""
+        self._solver.add_batch(x.unsqueeze(0), x)
+
+    def solve(self) -> None:
+        """Prune in place."""
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
+            self._solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
+        self._solver.free()
+
+
+class AutoGptqClass:
+    """AutoGPTQ's GPTQ class as a `bench.Side`."""
+
+    def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
+        self._solver = module.GPTQ(linear)
+        self._solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
+
+    def add(self, x: Tensor) -> None:
+        """Take a sample's inputs."""
+        self._solver.add_batch(x.unsqueeze(0), x)
+
+    def solve(self) -> None:
+        """Quantize in place."""
+        self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
+        self._solver.free()
+
+
+def package(name: str, directory: Path) -> None:
+    """A package whose modules can be imported without running its __init__."""
+    module = ModuleType(name)
+    module.__path__ = [str(directory)]  # type: ignore[attr-defined]
+    sys.modules[name] = module
+
+
+def block(sparsegpt: Path | None, autogptq: Path | None, small: bool) -> dict[str, Any]:
+    """The whole block; the authors' classes beside ours if they are there."""
+    others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
+    if sparsegpt is not None:
+        package("authors_sparsegpt", sparsegpt)
+        sys.path.insert(0, str(sparsegpt))  # its modules import one another by plain names
+        module = importlib.import_module("authors_sparsegpt.sparsegpt")
+        others["sparsegpt 2:4"] = {"SparseGPT class": partial(SparseGptClass, module=module)}
+    if autogptq is not None:
+        package("auto_gptq", autogptq / "auto_gptq")
+        package("auto_gptq.quantization", autogptq / "auto_gptq" / "quantization")
+        module = importlib.import_module("auto_gptq.quantization.gptq")
+        others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
+    console = Console(width=110)
+    shape = bench.SMALL if small else bench.LLAMA_7B
+    found = bench.run_bench(shape, others=others, told=lambda name, rows: console.print(bench_table(name, rows)))
+    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape)}
+
+
+def phases(shape: bench.Shape) -> dict[str, list[str]]:
+    """The kernels of our side, both schedules of SparseGPT."""
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        one = bench.Bench(shape, "cuda", Path(directory))
+        for schedule in bench.SCHEDULES:
+            call = partial(one.ours, bench.JOBS["sparsegpt 2:4"], schedule)
+            call()
+            torch.cuda.reset_peak_memory_stats()
+            resting = torch.cuda.memory_allocated()
+            found[schedule] = profiled(call, 24)
+            peak = (torch.cuda.max_memory_allocated() - resting) / 2**30
+            print(f"{schedule}: {peak:.2f} GiB above {resting / 2**30:.2f}")
+            for line in found[schedule]:
+                print("   ", line)
+    return found
