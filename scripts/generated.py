@@ -191,3 +191,45 @@ def _better(result: dict[str, Any]) -> str:
     certain = [(name, change) for name, change in changes if change.high is not None and change.high < 0]
     better = [f"`{name}` ({change.value:+.1%})" for name, change in certain]
     return f"Better than SparseGPT here, with the whole 95 % interval: {', '.join(better) or 'none'}.\n"
+
+
+def _interop() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "docs/benchmarks/interop.json").read_text())
+    return found
+
+
+def interop(expected: str) -> str:
+    """What the readers of tests/interop answered; `expected` is "reads", "opens" or "refuses"."""
+    rows = [row for row in _interop()["rows"] if row["expected"] == expected]
+    if expected == "refuses":
+        errors = {row["environment"]: _escaped(row["error"].split(" Must be one of")[0]) for row in rows}
+        table = [f"| {name} | {error.replace(str(ROOT), '')} |" for name, error in errors.items()]
+        return "\n".join(["| reader | how it ends |", "|---|---|", *table]) + "\n"
+    heading = "| model | format | software | off by | of a largest logit of | its perplexity | sparsekit's |"
+    lines = [heading, "|---" * 7 + "|"]
+    for row in rows:
+        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items() if name != "torch")
+        grid = "" if row.get("symmetric", True) else ", asymmetric"
+        form = row["format"] + grid
+        theirs, ours = row["perplexity"], row["reference_perplexity"]
+        if expected == "opens":
+            versions = row["written_by"].replace("==", " ")
+            theirs, ours = ours, theirs
+        lines.append(
+            f"| {row['model']} | {form} | {versions} | {row['largest_difference']:.2g} | {row['largest_logit']:.1f} "
+            f"| {theirs:.3f} | {ours:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def true_bytes() -> str:
+    """Where the bytes of every export of the interoperability runs are."""
+    parts = ("codes", "positions", "scales", "zeros", "groups", "dense", "headers", "total", "files")
+    titles = ["model", "format", *parts, "÷ FP32", "÷ FP16", "bits a weight"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in _interop()["exports"]:
+        counted = " | ".join(f"{row['bytes'][part]:,}" for part in parts)
+        bits = "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        ratios = f"{row['ratio_fp32']:.2f} | {row['ratio_fp16']:.2f}"
+        lines.append(f"| {row['model']} | {row['format']} | {counted} | {ratios} | {bits} |")
+    return "\n".join(lines) + "\n"

@@ -209,6 +209,5 @@ def _writer(about: Mapping[str, Any]) -> str:
     """Who wrote a checkpoint, for notes."""
     meta = about.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
-    if isinstance(quantizer, list) and quantizer:
-        return str(quantizer[0])
-    return str(quantizer or about.get("version") or "unknown software")
+    told = quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer
+    return str(told or "software that does not name itself")

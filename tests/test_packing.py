@@ -157,5 +157,5 @@ def test_version_1_by_others_with_a_zero_point_of_zero(bits):
 
 
 def test_a_mislabelled_version_is_named():
-    with pytest.raises(CheckpointError, match="zero-points of 8; here some are 9.*labelled wrongly"):
+    with pytest.raises(CheckpointError, match=r"zero-points of 8; here some are 9.*labelled wrongly"):
         unpack_linear(pack_linear(quantized(4), "gptq_v2"), bits=4, group_size=GROUP, symmetric=True, layout="gptq")

