@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,11 +15,14 @@ from rich.text import Text
 
 from sparsekit.model import ModelView
 from sparsekit.numerals import duration as duration
+from sparsekit.numerals import megabytes
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.registry import Method
 from sparsekit.testing import Outcome
+
+TOLD = {"codes": "codes", "positions": "positions", "scales": "scales", "zeros": "zero-points", "dense": "dense"}
 
 
 class Terminal:
@@ -93,6 +96,9 @@ class Terminal:
         self._console.print(closing_table(report))
         for line in (report.get("deploy") or {}).get("notes", ()):
             self._console.print(f"  {line}", highlight=False)
+        for export in report["exports"]:
+            for line in export_lines(export):
+                self._console.print(f"  {line}", highlight=False, soft_wrap=True)
         for name, path in files.items():
             self._console.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
 
@@ -120,6 +126,17 @@ def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
     if summary["notes"]:
         parts.append(f"{len(summary['notes'])} notes in the report")
     return "  ".join(parts)
+
+
+def export_lines(export: Mapping[str, Any]) -> Iterator[str]:
+    """What an export takes, and who reads it and who does not, by name."""
+    held = export["bytes"]
+    parts = [f"{megabytes(held[key])} {label}" for key, label in TOLD.items() if held.get(key)]
+    ratios = f"{export['ratio_fp32']:.2f} × smaller than FP32, {export['ratio_fp16']:.2f} × than FP16"
+    yield f"{export['format']}: {megabytes(held['files'])} ({', '.join(parts)}), {ratios}"
+    for verdict in dict.fromkeys(note["verdict"] for note in export["engines"]):
+        engines = [note["engine"] for note in export["engines"] if note["verdict"] == verdict]
+        yield f"  {verdict + ':':<12} {'; '.join(engines)}"
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import RecipeError
+from sparsekit.formats import FORMATS
 from sparsekit.recipe import Recipe, checked, load_plugins, read_overridden
 from sparsekit.registry import METHODS
 from sparsekit.yamllines import Document, Keys, Mark, shown
 
 STAGES = ("variants",)
-INTEGER_FORMATS = ("gptq",)  # exports that need a quantizer among the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def _without_integers(values: dict[str, Any], name: str, notes: list[str]) -> No
     formats = export.get("formats")
     if not isinstance(formats, list):
         return
-    dropped = [each for each in formats if each in INTEGER_FORMATS]
+    dropped = [each for each in formats if each in FORMATS and FORMATS[each].storage is not None]
     if dropped and len(dropped) < len(formats):
         values["export"] = {**export, "formats": [each for each in formats if each not in dropped]}
         notes.append(f"{name}: no {', '.join(dropped)} export, since no step quantizes")

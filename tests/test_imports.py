@@ -16,6 +16,7 @@ from sparsekit import load_quantized
 from sparsekit.chain import Chain
 from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
+from sparsekit.console import export_lines
 from sparsekit.errors import CheckpointError, ModelError, SparsekitError
 from sparsekit.formats import FORMATS
 from sparsekit.hfdir import sha256_file
@@ -241,3 +242,12 @@ def test_weight_files_can_be_read_by_whoever_may_read_the_configuration(exports)
     for name in FORMATS:
         (path,) = (exports[0] / name).glob("*.safetensors")
         assert path.stat().st_mode == (exports[0] / name / "config.json").stat().st_mode
+
+
+def test_the_terminal_says_who_reads_an_export(exports):
+    by_name = {export["format"]: list(export_lines(export)) for export in exports[1]["exports"]}
+    first, *verdicts = by_name["gptq"]
+    assert "codes" in first and "scales" in first and "smaller than FP32" in first
+    assert any(line.strip().startswith("loads:") and "vLLM" in line for line in verdicts)
+    assert any(line.strip().startswith("refuses:") and "vLLM" in line for line in by_name["sparsekit-24"])
+    assert "positions" in by_name["sparsekit-24"][0]
