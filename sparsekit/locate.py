@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,8 @@ def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     _check_counts(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            warnings.simplefilter("ignore")  # of torch, about initial values that nobody will use
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration may be wrong in any way, and the model's class finds out
         first = str(error).partition("\n")[0]
