@@ -61,15 +61,6 @@ def with_examples() -> list[Path]:
     return [path for path in PAGES if any(each.how != "skip" for each in examples(path))]
 
 
-@pytest.fixture
-def generator(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import generated
-
-    yield generated
-    sys.modules.pop("generated")
-
-
 def test_generated_parts_are_fresh():
     """In a process of its own: other tests register methods and formats, which the pages would list."""
     files = [str(path) for path in PAGES if "[[[cog" in path.read_text()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import CPU, gram_of, inputs, layer
 from torch import Tensor
 
 from sparsekit.errors import MethodError, NumericsError
@@ -17,28 +18,8 @@ from sparsekit.state import LinearState
 from sparsekit.stats import Gram, InputNorm
 from sparsekit.verify import relative_error, verified
 
-CPU = torch.device("cpu")
 TWO_FOUR = Pattern(2, 4)
 ORDERS = ["none", "static", "dynamic"]
-
-
-def inputs(tokens=300, columns=64, seed=0):
-    """Correlated tokens [tokens, columns] with a few large channels."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, columns, generator=generator)
-    x = x @ (torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator))
-    return x * (1 + 5 * torch.rand(columns, generator=generator) ** 4)
-
-
-def gram_of(x):
-    gram = Gram.empty(x.shape[1], CPU)
-    gram.update(x)
-    return gram
-
-
-def layer(rows=24, columns=64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return LinearState("block.linear", torch.randn(rows, columns, generator=generator))
 
 
 def wanda_pruned(given, x):
