@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparsekit as sk
 from sparsekit.errors import MethodError
-from sparsekit.train import Trained, TrainJob
+from sparsekit.training.loop import Trained, TrainJob
 
 Windows = Annotated[int, Field(ge=1)]
 Rounds = Annotated[int, Field(ge=0)]

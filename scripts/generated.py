@@ -18,10 +18,10 @@ from typing import Any
 import click
 
 from sparsekit.cli import main
-from sparsekit.console import type_name
-from sparsekit.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Redo, Tasks, TextEntry
 from sparsekit.recipe import Recipe
+from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Redo, Tasks, TextEntry
 from sparsekit.registry import BUILT_IN, METHODS, Method
+from sparsekit.terminal.console import type_name
 from sparsekit.testing import PROPERTIES
 
 ROOT = Path(__file__).parents[1]
@@ -140,14 +140,27 @@ def recipe_keys() -> str:
 
 
 def modules() -> str:
-    """Every module of the package with the first line of its docstring."""
-    rows = ["| module | |", "|---|---|"]
-    for path in sorted((ROOT / "sparsekit").rglob("*.py"), key=lambda path: (len(path.parts), path)):
-        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-        name = str(path.relative_to(ROOT / "sparsekit").with_suffix("")).removesuffix("/__init__")
-        if name not in ("__init__", "__main__"):
-            rows.append(f"| `{name.replace('/', '.')}` | {_escaped(' '.join(doc.partition(chr(10) * 2)[0].split()))} |")
-    return "\n".join(rows) + "\n"
+    """Every module with the first line of its docstring: those on top, then a table for each package."""
+    root = ROOT / "sparsekit"
+    top = [path for path in sorted(root.glob("*.py")) if path.stem not in ("__init__", "__main__")]
+    tables = [_module_table(top)]
+    for package in sorted(path.parent for path in root.glob("*/__init__.py")):
+        inside = [path for path in sorted(package.glob("*.py")) if path.stem != "__init__"]
+        inside += sorted(package.glob("*/__init__.py"))
+        tables.append(f"### {package.name}\n\n{_first(package / '__init__.py')}\n\n" + _module_table(inside))
+    return "\n".join(tables)
+
+
+def _module_table(paths: list[Path]) -> str:
+    names = [path.parent.name if path.stem == "__init__" else path.stem for path in paths]
+    rows = [f"| `{name}` | {_escaped(_first(path))} |" for name, path in zip(names, paths, strict=True)]
+    return "\n".join(["| module | |", "|---|---|", *rows]) + "\n"
+
+
+def _first(path: Path) -> str:
+    """First paragraph of a module's docstring."""
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(doc.partition("\n\n")[0].split())
 
 
 def pages() -> Iterator[Path]:

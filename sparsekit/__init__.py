@@ -30,7 +30,7 @@ _EXPORTS = {
     "Recipe": "recipe",
     "read_recipe": "recipe",
     "run_recipe": "run",
-    "load_quantized": "imports",
+    "load_quantized": "interchange.imports",
     "SparsekitError": "errors",
 }
 __all__ = [*_EXPORTS, "__version__"]
@@ -38,13 +38,17 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
     from sparsekit.errors import SparsekitError as SparsekitError
-    from sparsekit.imports import load_quantized as load_quantized
+    from sparsekit.interchange.imports import load_quantized as load_quantized
     from sparsekit.pattern import Pattern as Pattern
     from sparsekit.quant import Grid as Grid, QuantizedWeight as QuantizedWeight
     from sparsekit.recipe import Recipe as Recipe, read_recipe as read_recipe
     from sparsekit.registry import (
-        METHODS as METHODS, Method as Method, allocation_method as allocation_method, group_method as group_method,
-        linear_method as linear_method, model_method as model_method,
+        METHODS as METHODS,
+        Method as Method,
+        allocation_method as allocation_method,
+        group_method as group_method,
+        linear_method as linear_method,
+        model_method as model_method,
     )
     from sparsekit.run import run_recipe as run_recipe
     from sparsekit.state import Group as Group, LinearState as LinearState

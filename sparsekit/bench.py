@@ -20,14 +20,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsekit.activations import Activations
+from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.walk import Walk, resident, sent
 from sparsekit.checkpoint import BlockState, StepStore, write_json, write_tensors
-from sparsekit.model import ModelView
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
-from sparsekit.recursion import Recursion
 from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
-from sparsekit.walk import Walk, resident, sent
+from sparsekit.sweep.recursion import Recursion
 
 SCHEDULES = ("block", "group")
 PRUNED = 0.4  # share of zeros from which a layer counts as pruned; int4 rounds a tenth of the weights to 0

@@ -104,10 +104,10 @@ def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], tru
     """Run RECIPE, or continue it where it stopped."""
     from rich.console import Console
 
-    from sparsekit.console import Terminal
-    from sparsekit.console_plan import print_plan
     from sparsekit.recipe import read_recipe, refuse_code
     from sparsekit.run import Run
+    from sparsekit.terminal.console import Terminal
+    from sparsekit.terminal.plan import print_plan
 
     read = read_recipe(recipe, overrides, plugins=plugins)
     refuse_code(read, trust)
@@ -130,9 +130,9 @@ def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], tr
 
     from rich.console import Console
 
-    from sparsekit.console_plan import print_plan
-    from sparsekit.estimate import Estimator
+    from sparsekit.planning.estimate import Estimator
     from sparsekit.recipe import read_recipe, refuse_code
+    from sparsekit.terminal.plan import print_plan
 
     read = read_recipe(recipe, overrides, plugins=plugins)
     refuse_code(read, trust)
@@ -156,7 +156,7 @@ def compare(
     from rich.console import Console
 
     from sparsekit.compare import compare_sources
-    from sparsekit.console_compare import ComparisonTerminal
+    from sparsekit.terminal.compare import ComparisonTerminal
 
     terminal = ComparisonTerminal(Console())
     compare_sources(sources, overrides, plugins=plugins, out=out, deploy=deploy, listener=terminal)
@@ -171,9 +171,9 @@ def report(run_directory: Path, deploy: bool) -> None:
     from rich.console import Console
 
     from sparsekit.checkpoint import read_json
-    from sparsekit.console import Terminal
     from sparsekit.deployed import add_card
-    from sparsekit.report import write_report
+    from sparsekit.reporting.report import write_report
+    from sparsekit.terminal.console import Terminal
 
     terminal = Terminal(Console())
     found = add_card(run_directory, terminal) if deploy else read_json(run_directory / "report.json")
@@ -191,8 +191,8 @@ def inspect(model: str, pattern: str | None, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from sparsekit.console_inspect import print_inspection
-    from sparsekit.inspection import inspect_model, pattern_of
+    from sparsekit.models.inspection import inspect_model, pattern_of
+    from sparsekit.terminal.inspect import print_inspection
 
     found = inspect_model(model, pattern=pattern_of(pattern))
     if as_json:
@@ -209,8 +209,8 @@ def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
     """List the methods, or show one with its parameters."""
     from rich.console import Console
 
-    from sparsekit.console import method_page, methods_table
     from sparsekit.registry import METHODS
+    from sparsekit.terminal.console import method_page, methods_table
 
     for path in plugins:
         METHODS.load_path(path)
@@ -242,11 +242,11 @@ def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None
     """Try the promises every method makes on method NAME."""
     from rich.console import Console
 
-    from sparsekit.console import outcomes_table
     from sparsekit.errors import ContractError
     from sparsekit.registry import METHODS
-    from sparsekit.specimens import assigned
+    from sparsekit.terminal.console import outcomes_table
     from sparsekit.testing import outcomes
+    from sparsekit.testing.specimens import assigned
 
     for path in plugins:
         METHODS.load_path(path)
@@ -269,7 +269,7 @@ def bench(small: bool, device: str, as_json: bool) -> None:
     from rich.console import Console
 
     from sparsekit import bench as benches
-    from sparsekit.console_bench import bench_table
+    from sparsekit.terminal.bench import bench_table
 
     console = Console()
     told = (lambda job, rows: None) if as_json else (lambda job, rows: console.print(bench_table(job, rows)))
@@ -281,13 +281,11 @@ def bench(small: bool, device: str, as_json: bool) -> None:
 @main.command("new-method")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)
-@click.option(
-    "--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here."
-)
+@click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here.")
 @_named_errors
 def new_method(name: str, kind: Any, directory: Path) -> None:
     """Write a working plugin NAME.py and its test."""
-    from sparsekit import scaffold
+    from sparsekit.testing import scaffold
 
     plugin, test = scaffold.new_method(name, kind, directory)
     click.echo(f"{plugin}  the method\n{test}  its test")

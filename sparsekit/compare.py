@@ -13,18 +13,18 @@ from typing import Any, Protocol
 
 import yaml
 
-from sparsekit.basis import Based, basis, notes, refuse_different
 from sparsekit.checkpoint import RunLock, read_json, remove_temporaries
-from sparsekit.comparison import comparison_of
-from sparsekit.comparison_page import write_comparison
 from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
-from sparsekit.locate import locate
-from sparsekit.plan import model_digest
+from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
+from sparsekit.models.locate import locate
+from sparsekit.planning.plan import model_digest
 from sparsekit.recipe import Recipe, refuse_code
-from sparsekit.report import finite
+from sparsekit.recipe.variants import Arms, read_arms
+from sparsekit.reporting.comparison import comparison_of
+from sparsekit.reporting.comparison_page import write_comparison
+from sparsekit.reporting.report import finite
 from sparsekit.run import Listener, Run
-from sparsekit.variants import Arms, read_arms
 
 
 class ArmListener(Listener, Protocol):

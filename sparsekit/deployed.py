@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsekit.chain import Chain
 from sparsekit.checkpoint import RunLock, StepStore, read_json
-from sparsekit.deploy import deploy_card
 from sparsekit.errors import CheckpointError
+from sparsekit.evaluation.deploy import deploy_card
+from sparsekit.evaluation.scoring import Watcher
+from sparsekit.models.chain import Chain
 from sparsekit.recipe import read_recipe
-from sparsekit.report import write_report
+from sparsekit.reporting.report import write_report
 from sparsekit.run import open_view
-from sparsekit.scoring import Watcher
 
 
 def add_card(directory: Path, watcher: Watcher) -> dict[str, Any]:

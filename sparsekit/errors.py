@@ -1,18 +1,18 @@
 """Every mistake sparsekit can name.
 
-    SparsekitError            exit code 2, shown without a traceback
-    ├── RecipeError           what the user wrote in a recipe or on the command line
-    ├── PluginError           a plugin that cannot be found, loaded or registered
-    │   └── ContractError     a method that breaks a promise every method makes
-    ├── ModelError            a model directory or architecture that cannot be used
-    │   └── CoverageError     too many parameters no step can reach
-    ├── DataError             a text that cannot be read, tokenised or is too short
-    ├── MethodError           a method cannot do what was asked, on a named layer
-    │   ├── NumericsError     a Gram matrix or activation that defeats the whole ladder
-    │   └── PatternError      a compressed layer does not hold the pattern it promised
-    ├── CheckpointError       a file of a run or an export is damaged, foreign or in use
-    ├── ShortageError         the device has too little memory, also for the work in smaller parts
-    └── GateError             a quality gate was missed (exit code 3)
+SparsekitError            exit code 2, shown without a traceback
+├── RecipeError           what the user wrote in a recipe or on the command line
+├── PluginError           a plugin that cannot be found, loaded or registered
+│   └── ContractError     a method that breaks a promise every method makes
+├── ModelError            a model directory or architecture that cannot be used
+│   └── CoverageError     too many parameters no step can reach
+├── DataError             a text that cannot be read, tokenised or is too short
+├── MethodError           a method cannot do what was asked, on a named layer
+│   ├── NumericsError     a Gram matrix or activation that defeats the whole ladder
+│   └── PatternError      a compressed layer does not hold the pattern it promised
+├── CheckpointError       a file of a run or an export is damaged, foreign or in use
+├── ShortageError         the device has too little memory, also for the work in smaller parts
+└── GateError             a quality gate was missed (exit code 3)
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Pattern:
         if isinstance(text, int) and not isinstance(text, bool):
             n, m = divmod(text, 60)  # YAML 1.1 reads 2:4 as the base-60 integer 124
             hint = f'; YAML reads an unquoted {n}:{m} as {text}, write pattern: "{n}:{m}"' if n and m else ""
-            raise ValueError(f'pattern {text} is a number{hint or ", expected N:M in quotes, as in 2:4"}')
+            raise ValueError(f"pattern {text} is a number{hint or ', expected N:M in quotes, as in 2:4'}")
         if not isinstance(text, str):
             raise ValueError(f'pattern {text!r} is not text, expected "N:M" as in "2:4"')
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sparsekit.entries import Redo
 from sparsekit.pattern import Pattern
-from sparsekit.plan import PlannedStep
+from sparsekit.planning.plan import PlannedStep
+from sparsekit.recipe.entries import Redo
 
 Record = Mapping[str, Any]
 

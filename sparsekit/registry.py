@@ -247,9 +247,7 @@ def _decorator(
     return register
 
 
-def _method(
-    name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]
-) -> Method:
+def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]) -> Method:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"method name {name!r} must be lower case letters, digits and _")
     file = Path(inspect.getfile(function))

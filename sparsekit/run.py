@@ -19,31 +19,31 @@ import transformers
 from torch import Tensor
 
 from sparsekit import __version__
-from sparsekit.allotment import Allotment
-from sparsekit.basis import basis
-from sparsekit.chain import Chain
+from sparsekit.blockwise.allotment import Allotment
+from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
-from sparsekit.entries import Redo
 from sparsekit.errors import GateError, RecipeError
-from sparsekit.export import export_as, verify_dense
+from sparsekit.evaluation.basis import basis
+from sparsekit.evaluation.scoring import Scoring, Twin
 from sparsekit.formats import FORMATS
-from sparsekit.hfdir import check_place
+from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.hfdir import check_place
 from sparsekit.ladder import Ladder, counted
-from sparsekit.model import ModelView
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
-from sparsekit.peak import peak_since, start_peak
-from sparsekit.plan import Plan, PlannedStep, make_plan, reads
-from sparsekit.ranks import Place, launch
+from sparsekit.planning.peak import peak_since, start_peak
+from sparsekit.planning.plan import Plan, PlannedStep, make_plan, reads
 from sparsekit.recipe import Recipe, TextEntry
+from sparsekit.recipe.entries import Redo
+from sparsekit.recipe.step import params_pattern
 from sparsekit.redo import redone, rounds, told, worst_layers
-from sparsekit.report import write_report
-from sparsekit.scoring import Scoring, Twin
+from sparsekit.reporting.report import write_report
 from sparsekit.shortage import named
-from sparsekit.step import params_pattern
-from sparsekit.training import Training
-from sparsekit.walk import Walk
-from sparsekit.world import ALONE, World
+from sparsekit.training.driver import Training
+from sparsekit.training.ranks import Place, launch
+from sparsekit.training.world import ALONE, World
 
 
 class Listener(Protocol):
@@ -122,7 +122,7 @@ class Run:
 
     @classmethod
     def rank(cls, recipe: Recipe, listener: Listener, shared: Path, digest: str) -> Self:
-        """The run as one of several training processes sees it; see `sparsekit.rank`."""
+        """The run as one of several training processes sees it; see `sparsekit.training.rank`."""
         view = open_view(recipe)
         tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
         plan = plan_for(recipe, view, digest)
@@ -176,9 +176,7 @@ class Run:
         for entry in filter(None, entries):
             self.windows(entry)
 
-    def _step(
-        self, planned: PlannedStep, chain: Chain, before: dict[str, Any]
-    ) -> tuple[Chain, dict[str, Any]]:
+    def _step(self, planned: PlannedStep, chain: Chain, before: dict[str, Any]) -> tuple[Chain, dict[str, Any]]:
         directory = self.shared / "steps" / planned.directory
         store = StepStore(directory, self.view.dtype)
         record = store.finished(planned.fingerprint)
@@ -286,9 +284,7 @@ class Run:
         valid = next((data.evaluation[name] for name in self.recipe.evaluate.perplexity), None)
         return self.windows(data.train), None if valid is None else self.windows(valid)
 
-    def train(
-        self, planned: PlannedStep, chain: Chain, store: StepStore, world: World = ALONE
-    ) -> dict[str, Any]:
+    def train(self, planned: PlannedStep, chain: Chain, store: StepStore, world: World = ALONE) -> dict[str, Any]:
         """Do a training step, alone or as one of several processes."""
         tokens, valid = self.training_texts(planned)
         return Training(

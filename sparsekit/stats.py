@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericsError
-from sparsekit.root import Root
+from sparsekit.sweep.root import Root
 
 CORE_TOKENS = 128  # tokens that tensor cores add up without rounding losses that show (kernels/products.py)
 PRODUCT_BYTES = 2**28  # of the partial sums that are held at a time

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsekit.checkpoint import sha256_file
 from sparsekit.errors import DataError, nearest
-from sparsekit.locate import ASSETS
+from sparsekit.models.locate import ASSETS
 
 TEXTS = ASSETS / "text"
 BLOCK = 1 << 20  # bytes read at a time

@@ -24,7 +24,7 @@ import transformers
 
 import sparsekit.run  # noqa: F401  # everything a child needs is imported before it is forked
 from sparsekit.cli import main
-from sparsekit.locate import ASSETS
+from sparsekit.models.locate import ASSETS
 
 RECIPE = """\
 name: crash

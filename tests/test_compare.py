@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from sparsekit.cli import main
-from sparsekit.comparison import comparison_of
-from sparsekit.comparison_page import html, markdown, rows
 from sparsekit.errors import RecipeError
-from sparsekit.variants import read_arms
+from sparsekit.recipe.variants import read_arms
+from sparsekit.reporting.comparison import comparison_of
+from sparsekit.reporting.comparison_page import html, markdown, rows
 
 BASE = """\
 name: {name}

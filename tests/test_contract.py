@@ -16,10 +16,10 @@ from sparsekit.cli import main
 from sparsekit.errors import ContractError, PluginError
 from sparsekit.pattern import Pattern
 from sparsekit.registry import BUILT_IN, METHODS, Method
-from sparsekit.specimens import arguments_of
 from sparsekit.state import LinearState
 from sparsekit.stats import InputNorm
 from sparsekit.testing import Subject, check_method, outcomes
+from sparsekit.testing.specimens import arguments_of
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 SMALL = {"ast": {"tokens": 128, "batch": 2, "micro_batch": 2}}

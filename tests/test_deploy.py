@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import sparsekit.deploy
+import sparsekit.evaluation.deploy
 from sparsekit.cli import main
-from sparsekit.deploy import verdicts
+from sparsekit.evaluation.deploy import verdicts
 
 RECIPE = """\
 name: {name}
@@ -26,7 +26,7 @@ evaluate: {{perplexity: [heldout]}}
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(sparsekit.deploy, "SECONDS", 0.02)
+    monkeypatch.setattr(sparsekit.evaluation.deploy, "SECONDS", 0.02)
 
 
 def write(tmp_path: Path, model: Path) -> Path:

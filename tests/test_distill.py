@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit import distill
-from sparsekit.distill import (
+from sparsekit.training.distill import (
     IGNORED,
     Objective,
     chunk_rows,
@@ -15,6 +14,7 @@ from sparsekit.distill import (
     next_token_targets,
     plain_head,
 )
+from sparsekit.training.driver import distill
 
 
 def case(bias=False, seed=0):

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from sparsekit import evaluate
 from sparsekit.errors import NumericsError
-from sparsekit.evaluate import agreement, perplexity
+from sparsekit.evaluation import evaluate
+from sparsekit.evaluation.evaluate import agreement, perplexity
 
 
 def table_model(vocabulary: int = 19, dtype: torch.dtype = torch.float32):

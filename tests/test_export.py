@@ -11,14 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparsekit import hfdir
 from sparsekit.checkpoint import BlockState, read_json, read_tensors, unpack_mask, write_json
 from sparsekit.errors import CheckpointError, PatternError
-from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Setting
-from sparsekit.hfdir import reader_config
-from sparsekit.imports import load_quantized
+from sparsekit.interchange import hfdir
+from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.hfdir import reader_config
+from sparsekit.interchange.imports import load_quantized
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState

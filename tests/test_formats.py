@@ -21,7 +21,12 @@ OUT, IN, GROUP = 32, 64, 32
 
 
 def integers(
-    shape: tuple[int, int] = (OUT, IN), *, bits: int = 4, group: int = GROUP, symmetric: bool = True, keep: int = 2,
+    shape: tuple[int, int] = (OUT, IN),
+    *,
+    bits: int = 4,
+    group: int = GROUP,
+    symmetric: bool = True,
+    keep: int = 2,
     seed: int = 0,
 ) -> LinearState:
     """A linear with at most `keep` weights of every four, quantized; a mask where keep < 4."""

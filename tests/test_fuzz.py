@@ -19,9 +19,9 @@ from sparsekit.checkpoint import read_tensors
 from sparsekit.errors import SparsekitError
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Setting
+from sparsekit.models.weights import _index
 from sparsekit.quant import QuantizedWeight
 from sparsekit.recipe import read_recipe
-from sparsekit.weights import _index
 
 FEW = settings(max_examples=60, derandomize=True, deadline=5000, suppress_health_check=list(HealthCheck))
 MOST_MEMORY = 64 * 2**20

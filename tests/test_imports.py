@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit import load_quantized
-from sparsekit.chain import Chain
 from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
-from sparsekit.console import export_lines
 from sparsekit.errors import CheckpointError, ModelError, SparsekitError
 from sparsekit.formats import FORMATS
-from sparsekit.hfdir import sha256_file
-from sparsekit.model import ModelView
+from sparsekit.interchange.hfdir import sha256_file
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
+from sparsekit.terminal.console import export_lines
 
 INTEGERS = [name for name, form in FORMATS.items() if form.storage is not None]
 TOKENS = torch.arange(48).remainder(96).reshape(2, 24)

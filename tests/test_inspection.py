@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsekit.cli import main
 from sparsekit.errors import ModelError, RecipeError
-from sparsekit.inspection import detected, inspect_model, main_pattern, pattern_of
+from sparsekit.models.inspection import detected, inspect_model, main_pattern, pattern_of
 from sparsekit.pattern import Pattern
 
 

@@ -11,10 +11,10 @@ if find_spec("triton") is None or torch.cuda.is_available():
     pytest.skip("for Triton's interpreter; tests/gpu runs the compiled kernels", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
-from sparsekit.distill import IGNORED, Objective, chunked_loss, slice_loss_reference
-from sparsekit.lowbits import Memory
-from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
+from sparsekit.training.distill import IGNORED, Objective, chunked_loss, slice_loss_reference
+from sparsekit.training.lowbits import Memory
+from sparsekit.training.optim import Rule, SparseAdamW, Step
 
 TWO_OF_FOUR = Pattern(2, 4)
 LEAN = Memory("float8", "bfloat16", seed=3)

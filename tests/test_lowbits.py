@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekit.lowbits import (
+from sparsekit.training.lowbits import (
     LARGEST,
     SMALLEST,
     Memory,

@@ -9,8 +9,8 @@ from families import FAMILIES, load, save
 from safetensors.torch import load_file, save_file
 
 from sparsekit.errors import MethodError, ModelError
-from sparsekit.groups import Producer
-from sparsekit.model import ModelView
+from sparsekit.models.groups import Producer
+from sparsekit.models.view import ModelView
 
 TOKENS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -163,7 +163,7 @@ def test_missing_directory_names_the_nearest(llama, tmp_path, monkeypatch):
         ModelView.open(tmp_path / "nowhere" / "llama-2")
     with pytest.raises(ModelError, match="there is tiny"):
         ModelView.open("builtin:tinny")
-    monkeypatch.setattr("sparsekit.locate.ASSETS", tmp_path / "nowhere")  # a checkout without the embedded model
+    monkeypatch.setattr("sparsekit.models.locate.ASSETS", tmp_path / "nowhere")  # a checkout without the embedded model
     with pytest.raises(ModelError, match="no built-in model 'tiny'; there is none"):
         ModelView.open("builtin:tiny")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from sparsekit.errors import MethodError
-from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
-from sparsekit.root import Root
-from sparsekit.solve import best
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import sweep
+from sparsekit.sweep.root import Root
+from sparsekit.sweep.solve import best
 
 HALF = Pattern.unstructured(0.5)
 INT4 = Rounding(bits=4, group_size=8)

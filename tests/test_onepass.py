@@ -6,13 +6,13 @@ import families
 import pytest
 import torch
 
-from sparsekit.activations import Activations
+from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import StepStore
 from sparsekit.errors import NumericsError
-from sparsekit.model import ModelView
+from sparsekit.models.view import ModelView
 from sparsekit.registry import METHODS
 from sparsekit.stats import Gram
-from sparsekit.walk import Walk
 
 ARGUMENTS = {"sparsegpt": {}, "gptq": {"group_size": 8}, "wanda": {}}
 
@@ -44,14 +44,14 @@ def walked(view, method, directory, selected=None):
 
 @pytest.mark.parametrize("method", ARGUMENTS)
 def test_one_forward_gives_what_a_forward_for_each_group_gives(view, method, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekit.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
+    monkeypatch.setattr("sparsekit.blockwise.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
     passes = []
     once = Activations.advance_settling
     monkeypatch.setattr(Activations, "advance_settling", lambda *given: passes.append(once(*given)) or passes[-1])
     with torch.inference_mode():
         found = walked(view, method, tmp_path / "one")
         assert passes == [True, True]
-        monkeypatch.setattr("sparsekit.activations.WAITING_SHARE", 0.0)
+        monkeypatch.setattr("sparsekit.blockwise.activations.WAITING_SHARE", 0.0)
         expected = walked(view, method, tmp_path / "many")
     assert passes[2:] == [False, False]
     for one, other in zip(found, expected, strict=True):
@@ -64,7 +64,7 @@ def test_one_forward_gives_what_a_forward_for_each_group_gives(view, method, tmp
 def test_some_layers_only(view, tmp_path, monkeypatch):
     with torch.inference_mode():
         chosen = walked(view, "sparsegpt", tmp_path / "one", lambda name: "k_proj" in name or "down" in name)
-        monkeypatch.setattr("sparsekit.activations.WAITING_SHARE", 0.0)
+        monkeypatch.setattr("sparsekit.blockwise.activations.WAITING_SHARE", 0.0)
         expected = walked(view, "sparsegpt", tmp_path / "many", lambda name: "k_proj" in name or "down" in name)
     for one, other in zip(chosen, expected, strict=True):
         for name, state in other.linears.items():
@@ -82,7 +82,7 @@ def test_a_linear_that_is_called_again_takes_the_other_way(tmp_path, monkeypatch
     with torch.inference_mode():
         monkeypatch.setattr(ModelView, "run_block", twice)
         found = walked(view, "sparsegpt", tmp_path / "one")
-        monkeypatch.setattr("sparsekit.activations.WAITING_SHARE", 0.0)
+        monkeypatch.setattr("sparsekit.blockwise.activations.WAITING_SHARE", 0.0)
         expected = walked(view, "sparsegpt", tmp_path / "many")
     for one, other in zip(found, expected, strict=True):
         for name, state in other.linears.items():
@@ -92,7 +92,7 @@ def test_a_linear_that_is_called_again_takes_the_other_way(tmp_path, monkeypatch
 @pytest.mark.parametrize("where", ["forward", "settle"])
 def test_an_error_ends_every_micro_batch(where, tmp_path, monkeypatch):
     view = ModelView.open(families.save("llama", tmp_path / "model"), device="cpu")
-    monkeypatch.setattr("sparsekit.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
+    monkeypatch.setattr("sparsekit.blockwise.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
     with torch.inference_mode():
         stream = Activations.begin(view, torch.randint(0, 128, (6, 16)))
         block = view.dense_block(0)

@@ -17,11 +17,11 @@ from sparsekit.kernels.grids import fit
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.kernels.products import add_upper
 from sparsekit.kernels.settle import settle_
-from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
-from sparsekit.root import Root
-from sparsekit.solve import solve_block
+from sparsekit.sweep.obs import sweep
+from sparsekit.sweep.root import Root
+from sparsekit.sweep.solve import solve_block
 
 PATTERNS = [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2), Pattern(5, 16)]
 
@@ -86,7 +86,7 @@ def test_a_sweep_with_the_kernel(arguments, monkeypatch):
     weight, factor = weight.float(), brute.factor_of(gram).float()
     root = Root(torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1).float())
     order = torch.arange(48).reshape(-1, 4).flip(0).flatten()
-    monkeypatch.setattr("sparsekit.work.WIDEST", 8)  # several launches a block
+    monkeypatch.setattr("sparsekit.sweep.work.WIDEST", 8)  # several launches a block
     expected = sweep(weight, factor, order=order, block=20, **arguments)
     found = sweep(weight, factor, order=order, block=20, kernels="triton", **arguments)
     rooted = sweep(weight, root, order=order, block=20, kernels="triton", **arguments)

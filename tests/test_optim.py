@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.optim import Rule, SparseAdamW, Step, adamw_, clip_factor, refreshed
 from sparsekit.pattern import Pattern
+from sparsekit.training.optim import Rule, SparseAdamW, Step, adamw_, clip_factor, refreshed
 
 TWO_OF_FOUR = Pattern(2, 4)
 

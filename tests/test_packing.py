@@ -6,7 +6,7 @@ import torch
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Setting
 from sparsekit.formats.gptq import PACKABLE_BITS, Gptq
-from sparsekit.packing import pack_padded, pack_rows, unpack_padded, unpack_rows
+from sparsekit.formats.packing import pack_padded, pack_rows, unpack_padded, unpack_rows
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sparsekit.paired import perplexity_change, sign_p, sign_test, student_t, task_tests
+from sparsekit.evaluation.paired import perplexity_change, sign_p, sign_test, student_t, task_tests
 
 T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980}  # 95 %, any statistics book
 

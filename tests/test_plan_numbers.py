@@ -11,18 +11,18 @@ import torch
 from allocations import peak_of_torch
 from click.testing import CliRunner
 
-from sparsekit.chain import Chain
 from sparsekit.checkpoint import StepStore
 from sparsekit.cli import main
 from sparsekit.errors import DataError
-from sparsekit.estimate import Estimator, kinds_of
-from sparsekit.evaluate import perplexity
-from sparsekit.memory_model import Moment, Part, peak, walk_moments
-from sparsekit.microbench import Bench, _extrapolated
-from sparsekit.model import ModelView
+from sparsekit.evaluation.evaluate import perplexity
+from sparsekit.models.chain import Chain
+from sparsekit.models.shapes import sizes_of
+from sparsekit.models.view import ModelView
+from sparsekit.planning.estimate import Estimator, kinds_of
+from sparsekit.planning.memory_model import Moment, Part, peak, walk_moments
+from sparsekit.planning.microbench import Bench, _extrapolated
 from sparsekit.recipe import Recipe, read_recipe
 from sparsekit.run import Run
-from sparsekit.shapes import sizes_of
 from sparsekit.stats import Gram, InputNorm
 
 ASSETS = Path(__file__).parents[1] / "sparsekit" / "assets"
@@ -86,7 +86,7 @@ def predicted(part: dict, held: tuple[str, ...] = PROCESS) -> int:
     ids=["wanda", "gptq", "ast"],
 )
 def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
-    monkeypatch.setattr("sparsekit.microbench.SLOW", 0.0)
+    monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
     read = recipe(tmp_path, wide_model, step, samples=1 if "gptq" in step else 16, seq_len=64)
     told = Estimator.open(read).all()
     run = Run.open(read, Quiet())
@@ -97,7 +97,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
 
 
 def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model, monkeypatch):
-    monkeypatch.setattr("sparsekit.microbench.SLOW", 0.0)
+    monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
     read = recipe(tmp_path, wide_model, "{method: rtn, group_size: 64}")
     told = Estimator.open(read).all()["scoring"]
     run = Run.open(read, Quiet())

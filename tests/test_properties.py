@@ -17,16 +17,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sparsekit.chain import Chain
+from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import StepStore
 from sparsekit.errors import SparsekitError
-from sparsekit.export import export_as
 from sparsekit.formats import FORMATS
-from sparsekit.model import ModelView
+from sparsekit.interchange.export import export_as
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS
-from sparsekit.specimens import arguments_of
-from sparsekit.walk import Walk
+from sparsekit.testing.specimens import arguments_of
 
 TRIED: Counter[str] = Counter()
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

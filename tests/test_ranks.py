@@ -15,7 +15,7 @@ from test_run import AST, GPTQ, write
 from sparsekit.checkpoint import StepStore
 from sparsekit.cli import main
 from sparsekit.errors import MethodError, RecipeError
-from sparsekit.ranks import Place, _event, _listened, _same_error, check_devices
+from sparsekit.training.ranks import Place, _event, _listened, _same_error, check_devices
 
 TWO = AST.replace("}\n", ", gpus: 2}\n")
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field
 from sparsekit.errors import PluginError, RecipeError, SparsekitError
 from sparsekit.pattern import Pattern
 from sparsekit.recipe import Recipe, TextEntry, read_recipe, recipe_schema
+from sparsekit.recipe.variants import read_arms
 from sparsekit.registry import BUILT_IN, METHODS, linear_method, model_method
 from sparsekit.state import LinearState
-from sparsekit.variants import read_arms
 
 ROOT = Path(__file__).parents[1]
 GOOD = """\

@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import pytest
 from reports import BLOCKS, SHAPES, make_report
 
-from sparsekit.charts import place, short_names
-from sparsekit.console import duration as console_duration
-from sparsekit.findings import headline, no_gains, paired_change
-from sparsekit.numerals import change, duration, megabytes, percent, perplexity, short, significant
-from sparsekit.report import html, markdown, plain, write_report
-from sparsekit.tables import metrics
+from sparsekit.reporting.charts import place, short_names
+from sparsekit.reporting.findings import headline, no_gains, paired_change
+from sparsekit.reporting.numerals import change, duration, megabytes, percent, perplexity, short, significant
+from sparsekit.reporting.report import html, markdown, plain, write_report
+from sparsekit.reporting.tables import metrics
+from sparsekit.terminal.console import duration as console_duration
 
 HOSTILE = '<script>alert("1")</script>|`*\' &amp;'
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -16,9 +16,9 @@ from test_bad_inputs import RECIPE, base, config, put  # noqa: F401  # `base` is
 
 from sparsekit.cli import main
 from sparsekit.errors import CheckpointError, ModelError
-from sparsekit.imports import load_quantized
-from sparsekit.locate import offline
-from sparsekit.model import ModelView
+from sparsekit.interchange.imports import load_quantized
+from sparsekit.models.locate import offline
+from sparsekit.models.view import ModelView
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "sparsekit").rglob("*.py"))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from sparsekit.activations import Activations
+from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.walk import resident
 from sparsekit.cli import main
 from sparsekit.errors import ShortageError
-from sparsekit.evaluate import perplexity
-from sparsekit.model import ModelView
+from sparsekit.evaluation.evaluate import perplexity
+from sparsekit.models.view import ModelView
 from sparsekit.stats import Gram
-from sparsekit.train import Fit
-from sparsekit.walk import resident
+from sparsekit.training.loop import Fit
 
 SEQ = 16
 

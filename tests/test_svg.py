@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparsekit.scales import Scale, linear_ticks, log_ticks, tick_labels
-from sparsekit.svg import Axes, HeatCell, Point, Series, heat_map, line_chart, pareto, scatter_chart
+from sparsekit.reporting.scales import Scale, linear_ticks, log_ticks, tick_labels
+from sparsekit.reporting.svg import Axes, HeatCell, Point, Series, heat_map, line_chart, pareto, scatter_chart
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from sparsekit import zeroshot
 from sparsekit.data import load_tokenizer
 from sparsekit.errors import DataError, ModelError
-from sparsekit.evaluate import lm_eval_scores
-from sparsekit.tasks import task_files
+from sparsekit.evaluation import zeroshot
+from sparsekit.evaluation.evaluate import lm_eval_scores
+from sparsekit.evaluation.tasks import task_files
 
 ARC = {
     "question": {

@@ -28,17 +28,17 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from sparsekit.chain import Chain
 from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
-from sparsekit.entries import Exports, Measurements
 from sparsekit.errors import RecipeError
-from sparsekit.evaluate import perplexity
-from sparsekit.model import ModelView
+from sparsekit.evaluation.evaluate import perplexity
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.recipe import Recipe
+from sparsekit.recipe.entries import Exports, Measurements
+from sparsekit.recipe.variants import read_arms
 from sparsekit.run import Run
-from sparsekit.train import Trained, TrainJob
+from sparsekit.training.loop import Trained, TrainJob
 from sparsekit.units import Count
-from sparsekit.variants import read_arms
 
 VALIDATED = 32  # windows of the curve
 SCORED_AT_ONCE = {"cpu": 4, "cuda": 32}  # windows

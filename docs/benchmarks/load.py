@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from sparsekit.locate import ASSETS
+from sparsekit.models.locate import ASSETS
 
 GB = 10**9
 SHAPES: dict[str, dict[str, int]] = {

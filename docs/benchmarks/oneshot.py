@@ -41,15 +41,15 @@ from oneshot_block import block
 from torch import Tensor
 
 from sparsekit.kernels.masks import nm_mask
-from sparsekit.obs import BLOCK, sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.recipe import read_recipe
-from sparsekit.recursion import Recursion
 from sparsekit.registry import METHODS
 from sparsekit.run import run_recipe
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import BLOCK, sweep
+from sparsekit.sweep.recursion import Recursion
 
 CUDA = torch.device("cuda")
 PATTERN = Pattern(2, 4)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import bench
-from sparsekit.console_bench import bench_table
+from sparsekit.terminal.bench import bench_table
 
 
 class SparseGptClass:

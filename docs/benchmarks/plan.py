@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import yaml
 
-from sparsekit.estimate import Estimator
-from sparsekit.locate import ASSETS
+from sparsekit.models.locate import ASSETS
+from sparsekit.planning.estimate import Estimator
 from sparsekit.recipe import read_recipe
 from sparsekit.run import Run
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsekit.paired import Change, perplexity_change
+from sparsekit.evaluation.paired import Change, perplexity_change
 
 ROOT = Path(__file__).parents[2]
 COMPARISONS = {"2to4": "pruners_2to4", "70": "pruners_70", "permuted": "permuted_2to4"}  # the last needs scipy

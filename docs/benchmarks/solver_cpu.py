@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit import solve
-from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.stats import Gram
+from sparsekit.sweep import solve
+from sparsekit.sweep.obs import sweep
 
 SHAPES = ((768, 768), (2048, 768), (2048, 2048))
 BLOCK = 128

@@ -40,16 +40,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekit import distill
-from sparsekit.blocks import blocks_of, compiled, recomputed
-from sparsekit.distill import Objective, chunked_loss, loss_reference, slice_loss_reference
 from sparsekit.kernels import Kernels, loss_kernel
-from sparsekit.lowbits import Memory
 from sparsekit.methods.ast import AstPolicy
-from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
-from sparsekit.schedule import Schedule
-from sparsekit.train import Fit, TrainJob
+from sparsekit.training.blocks import blocks_of, compiled, recomputed
+from sparsekit.training.distill import Objective, chunked_loss, loss_reference, slice_loss_reference
+from sparsekit.training.driver import distill
+from sparsekit.training.loop import Fit, TrainJob
+from sparsekit.training.lowbits import Memory
+from sparsekit.training.optim import Rule, SparseAdamW, Step
+from sparsekit.training.schedule import Schedule
 
 GIB = 2**30
 PATTERN = Pattern(2, 4)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekit.checkpoint import BlockState
-from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError
+from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 

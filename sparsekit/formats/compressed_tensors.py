@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.gptq import ROUNDING, ZEROS
+from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
 from sparsekit.formats.reading import SCALES, assembled, check_shape, groups_of, one_of, tensor, whole
-from sparsekit.packing import WORD, pack_padded, unpack_padded
+from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparsekit.engines import EngineNote
 from sparsekit.formats.base import Format, Setting
+from sparsekit.interchange.engines import EngineNote
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

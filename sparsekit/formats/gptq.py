@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from sparsekit import __version__
-from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale
+from sparsekit.formats.packing import WORD, pack_rows, unpack_rows
 from sparsekit.formats.reading import SCALES, assembled, check_shape, groups_of, one_of, tensor, whole
-from sparsekit.packing import WORD, pack_rows, unpack_rows
+from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.engines import EngineNote
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale, permuted
 from sparsekit.formats.reading import assembled, check_shape, groups_of, one_of, tensor, whole
+from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 

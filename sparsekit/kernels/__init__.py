@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import MethodError
-from sparsekit.lowbits import Memory
 from sparsekit.pattern import Pattern
-from sparsekit.update import Rule, Step
+from sparsekit.training.lowbits import Memory
+from sparsekit.training.update import Rule, Step
 
 if TYPE_CHECKING:
-    from sparsekit.distill import SliceLoss
+    from sparsekit.training.distill import SliceLoss
 
 Kernels = Literal["auto", "reference", "triton"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

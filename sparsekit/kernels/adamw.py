@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparsekit.kernels.adamw_device import advance_chunks
 from sparsekit.kernels.table import CHUNK, Table
-from sparsekit.lowbits import Memory, step_key
 from sparsekit.pattern import Pattern
-from sparsekit.update import Rule, Step
+from sparsekit.training.lowbits import Memory, step_key
+from sparsekit.training.update import Rule, Step
 
 GROUPS = (4, 8)  # lengths of a group whose mask the kernel chooses
 WARPS = 8  # 4 elements a thread: 58 registers and no barrier (bfloat16 parameters, compiled for sm_90)

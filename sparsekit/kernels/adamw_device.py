@@ -15,7 +15,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from sparsekit.kernels.table import COLUMNS
-from sparsekit.lowbits import BLOCK
+from sparsekit.training.lowbits import BLOCK
 
 WIDTH = tl.constexpr(len(COLUMNS))
 SCALED = tl.constexpr(BLOCK)

@@ -15,7 +15,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from sparsekit.distill import Objective
+from sparsekit.training.distill import Objective
 
 BLOCK = 4096  # logits of a row in flight
 WARPS = 8

@@ -7,17 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from sparsekit.annealing import AstPolicy
-from sparsekit.distill import Direction, Objective
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
-from sparsekit.lowbits import Masters, Memory, States, mixed
-from sparsekit.optim import DecayRule, Rule, SecondMoment, SparseAdamW
 from sparsekit.pattern import Pattern
 from sparsekit.registry import model_method
-from sparsekit.schedule import Budget, Schedule, micro_batch_of, steps_of
-from sparsekit.sparse_start import add_branches, first_masks, input_norms, result
-from sparsekit.train import Fit, Trained, TrainJob
+from sparsekit.training.annealing import AstPolicy
+from sparsekit.training.distill import Direction, Objective
+from sparsekit.training.loop import Fit, Trained, TrainJob
+from sparsekit.training.lowbits import Masters, Memory, States, mixed
+from sparsekit.training.optim import DecayRule, Rule, SecondMoment, SparseAdamW
+from sparsekit.training.schedule import Budget, Schedule, micro_batch_of, steps_of
+from sparsekit.training.sparse_start import add_branches, first_masks, input_norms, result
 from sparsekit.units import Count, Fraction
 
 

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from sparsekit.obs import BLOCK, prepared, sweep
 from sparsekit.quant import QuantizedWeight, Rounding, resolve_group_size
 from sparsekit.registry import linear_method
 from sparsekit.state import LinearState
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import BLOCK, prepared, sweep
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Damp = Annotated[float, Field(ge=0.0)]

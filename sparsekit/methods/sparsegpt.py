@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.obs import BLOCK, prepared, sweep
 from sparsekit.pattern import Pattern
 from sparsekit.registry import linear_method
 from sparsekit.state import LinearState
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import BLOCK, prepared, sweep
 
 Damp = Annotated[float, Field(ge=0.0)]
 BlockSize = Annotated[int, Field(ge=1)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sparsekit.registry import METHODS
-from sparsekit.specimens import arguments_of
 from sparsekit.testing import Subject, devices
+from sparsekit.testing.specimens import arguments_of
 
 pytestmark = pytest.mark.gpu
 PLUGINS = Path(__file__).parents[2] / "plugins"

@@ -6,11 +6,11 @@ import torch
 from sparsekit.kernels.grids import fit
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.kernels.settle import settle_
-from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, Rounding
-from sparsekit.solve import solve_block
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import sweep
+from sparsekit.sweep.solve import solve_block
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

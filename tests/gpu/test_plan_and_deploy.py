@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekit.chain import Chain
 from sparsekit.checkpoint import StepStore
-from sparsekit.deploy import deploy_card
-from sparsekit.estimate import Estimator
+from sparsekit.evaluation.deploy import deploy_card
+from sparsekit.models.chain import Chain
+from sparsekit.planning.estimate import Estimator
 from sparsekit.recipe import Recipe, read_recipe
 from sparsekit.run import Run
 

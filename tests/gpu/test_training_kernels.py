@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.distill import IGNORED, Objective, chunked_loss, loss_reference, slice_loss_reference
-from sparsekit.lowbits import Memory
-from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
+from sparsekit.training.distill import IGNORED, Objective, chunked_loss, loss_reference, slice_loss_reference
+from sparsekit.training.lowbits import Memory
+from sparsekit.training.optim import Rule, SparseAdamW, Step
 
 pytestmark = pytest.mark.gpu
 TWO_OF_FOUR = Pattern(2, 4)

@@ -1,6 +1,6 @@
 """Open a checkpoint that other software wrote, in sparsekit's environment.
 
-    python open_foreign.py DIRECTORY REFERENCE.npz
+python open_foreign.py DIRECTORY REFERENCE.npz
 """
 
 import torch
@@ -8,8 +8,8 @@ from common import answer_logits, arguments, versions
 from transformers import AutoTokenizer
 
 from sparsekit import load_quantized
-from sparsekit.chain import Chain
-from sparsekit.model import ModelView
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 
 
 def main() -> None:

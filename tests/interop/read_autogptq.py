@@ -1,6 +1,6 @@
 """Read a GPTQ export with auto-gptq, which shares no code with sparsekit.
 
-    python read_autogptq.py EXPORT_DIR REFERENCE.npz      in the environment of requirements-autogptq.txt
+python read_autogptq.py EXPORT_DIR REFERENCE.npz      in the environment of requirements-autogptq.txt
 """
 
 import logging

@@ -12,8 +12,8 @@ import torch
 from common import SEQ_LEN, WINDOWS, text_of, write_reference
 from transformers import AutoTokenizer
 
-from sparsekit.chain import Chain
-from sparsekit.model import ModelView
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 
 
 def main(directory: str, text: str, out: str) -> None:

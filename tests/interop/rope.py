@@ -1,7 +1,7 @@
 """Rotary settings that Transformers 5 moved: does Transformers 4 compute the same with an export?
 
-    python rope.py write DIRECTORY     in sparsekit's environment: small models, exported, and their logits
-    python rope.py read DIRECTORY      in the environment of requirements-autogptq.txt; one JSON line a model
+python rope.py write DIRECTORY     in sparsekit's environment: small models, exported, and their logits
+python rope.py read DIRECTORY      in the environment of requirements-autogptq.txt; one JSON line a model
 """
 
 import json
@@ -33,9 +33,9 @@ SMALL = {
 
 def write(directory: pathlib.Path) -> None:
     """Models, exports, logits."""
-    from sparsekit.export import export_as
+    from sparsekit.interchange.export import export_as
     from sparsekit.formats import FORMATS
-    from sparsekit.model import ModelView
+    from sparsekit.models.view import ModelView
 
     kinds = [("llama", name, rope) for name, rope in ROPE.items()]
     kinds += [("qwen2", "theta", ROPE["theta"]), ("phi", "partial", {**ROPE["theta"], "partial_rotary_factor": 0.5})]

@@ -1,6 +1,6 @@
 """Quantize a model with GPTQModel and write down what it computes, for sparsekit to open.
 
-    python write_gptqmodel.py MODEL TEXT OUT [--asymmetric]      in the environment of requirements-gptqmodel.txt
+python write_gptqmodel.py MODEL TEXT OUT [--asymmetric]      in the environment of requirements-gptqmodel.txt
 """
 
 import os

@@ -1,6 +1,6 @@
 """Quantize a model with llm-compressor and write down what it computes, for sparsekit to open.
 
-    python write_llmcompressor.py MODEL TEXT OUT [--asymmetric]    in the environment of requirements-llmcompressor.txt
+python write_llmcompressor.py MODEL TEXT OUT [--asymmetric]    in the environment of requirements-llmcompressor.txt
 """
 
 import sys

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_ast import SETTING, make_job
 
 from sparsekit.methods.ast import ast
-from sparsekit.world import ALONE, World
+from sparsekit.training.world import ALONE, World
 
 KEPT = 7
 SETTINGS = {**SETTING, "second_moment": "momentum", "kl": 0.6667, "temperature": 2.0, "checkpoint_every": 1}

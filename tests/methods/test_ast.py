@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from sparsekit.errors import MethodError
 from sparsekit.methods.ast import AstPolicy, ast
-from sparsekit.optim import Rule, SparseAdamW
 from sparsekit.pattern import Pattern
-from sparsekit.schedule import Schedule, windows_of
 from sparsekit.state import LinearState
-from sparsekit.train import TrainJob
+from sparsekit.training.loop import TrainJob
+from sparsekit.training.optim import Rule, SparseAdamW
+from sparsekit.training.schedule import Schedule, windows_of
 
 TWO_OF_FOUR = Pattern(2, 4)
 SETTING = {"tokens": 24 * 64, "batch": 4, "micro_batch": 2, "lr": 3e-3, "mask_every": 3, "freeze": 0.2, "decay": 1e-2}

@@ -16,14 +16,14 @@ from test_optim import TWO_OF_FOUR, sparse_model
 from test_run import AST, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sparsekit.annealing import AstPolicy
-from sparsekit.blocks import blocks_of
 from sparsekit.errors import CheckpointError
 from sparsekit.methods.ast import ast
-from sparsekit.optim import Rule, SparseAdamW, Step
-from sparsekit.schedule import Schedule
-from sparsekit.snapshots import Snapshots
-from sparsekit.world import ALONE
+from sparsekit.training.annealing import AstPolicy
+from sparsekit.training.blocks import blocks_of
+from sparsekit.training.optim import Rule, SparseAdamW, Step
+from sparsekit.training.schedule import Schedule
+from sparsekit.training.snapshots import Snapshots
+from sparsekit.training.world import ALONE
 
 TESTS = Path(__file__).parents[1]
 
@@ -166,7 +166,7 @@ def test_gradient_of_the_weight_is_that_of_the_masked_weight():
 def test_logged_decay_is_the_schedules_whatever_is_logged(tmp_path, monkeypatch):
     logs = []
     for name, lines in (("all", 100), ("few", 4)):
-        monkeypatch.setattr("sparsekit.train.LOGGED", lines)
+        monkeypatch.setattr("sparsekit.training.loop.LOGGED", lines)
         job = make_job(tmp_path / name)
         ast(job, **SETTING)
         logs.append({line["step"]: line for line in job.student.log})
@@ -184,7 +184,7 @@ def test_masks_change_between_steps_only(tmp_path, monkeypatch):
     changes = []
     ways = ({"micro_batch": 4}, {"micro_batch": 1}, {"micro_batch": 4, "checkpointing": True})
     for number, options in enumerate(ways):
-        monkeypatch.setattr("sparsekit.train.VALIDATED", (10, 24, 1)[number])
+        monkeypatch.setattr("sparsekit.training.loop.VALIDATED", (10, 24, 1)[number])
         job = make_job(tmp_path / str(number))
         asked = []
         monkeypatch.setattr(AstPolicy, "after", recording(AstPolicy.after, asked))
@@ -271,7 +271,7 @@ def cut(directory, step, **options):
 @pytest.mark.parametrize("options", [{}, {"weight_scaling": 2, "flip_target": 1e-3}, {"slorb": 16}])
 def test_a_resumed_run_has_the_same_state_in_every_tensor(tmp_path, monkeypatch, options):
     """W, m, v, masks, first masks and sums after 23 of 24 steps, and what else the checkpoint holds."""
-    monkeypatch.setattr("sparsekit.train.LOGGED", 2)  # so that there are sums
+    monkeypatch.setattr("sparsekit.training.loop.LOGGED", 2)  # so that there are sums
     for name, kept in (("whole", None), ("cut", 8)):
         if kept is not None:
             cut(tmp_path / name, kept, **options)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_ast import SETTING, assert_same, make_job
 
-from sparsekit.blocks import block_outputs, blocks_of, recomputed, square_head
 from sparsekit.errors import MethodError
-from sparsekit.lowbits import Memory
 from sparsekit.methods.ast import ast
-from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
+from sparsekit.training.blocks import block_outputs, blocks_of, recomputed, square_head
+from sparsekit.training.lowbits import Memory
+from sparsekit.training.optim import Rule, SparseAdamW, Step
 
 TWO_OF_FOUR = Pattern(2, 4)
 LONGER = {**SETTING, "tokens": 96 * 64, "lr": 1e-3, "kl": 1.0, "temperature": 1.0}

@@ -8,14 +8,14 @@ import pytest
 import torch
 from test_ast import SETTING, assert_same, make_job
 
-from sparsekit.annealing import FARTHEST, AstPolicy
 from sparsekit.errors import MethodError, RecipeError
 from sparsekit.methods.ast import ast
-from sparsekit.optim import Rule, SparseAdamW, Step
 from sparsekit.pattern import Pattern
 from sparsekit.recipe import read_recipe
-from sparsekit.scaling import scaled, split_gradient
-from sparsekit.schedule import Budget, steps_in
+from sparsekit.training.annealing import FARTHEST, AstPolicy
+from sparsekit.training.optim import Rule, SparseAdamW, Step
+from sparsekit.training.scaling import scaled, split_gradient
+from sparsekit.training.schedule import Budget, steps_in
 
 TWO_OF_FOUR = Pattern(2, 4)
 
@@ -119,14 +119,14 @@ def test_steering_reaches_its_target_and_survives_a_kill(tmp_path):
 
 def test_a_budget_is_sized_once_and_its_run_is_the_run_of_that_many_steps(tmp_path, monkeypatch):
     setting = {key: value for key, value in SETTING.items() if key != "tokens"} | {"budget": Budget(minutes=1)}
-    monkeypatch.setattr("sparsekit.train.steps_in", lambda minutes, spent, a_step: 18)
+    monkeypatch.setattr("sparsekit.training.loop.steps_in", lambda minutes, spent, a_step: 18)
     with pytest.raises(Killed):
         ast(replace(make_job(tmp_path / "cut"), progress=killed_at(7)), **setting, checkpoint_every=3)
     length = json.loads((tmp_path / "cut" / "length.json").read_text())
     assert length["steps"] == 18
     assert length["seconds_a_step"] > 0
     assert json.loads((tmp_path / "cut" / "step-00000006.json").read_text())["steps"] == 18
-    monkeypatch.setattr("sparsekit.train.steps_in", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sparsekit.training.loop.steps_in", lambda *_: pytest.fail("measured again"))
     resumed = ast(make_job(tmp_path / "cut"), **setting, checkpoint_every=3)
     assert resumed.metrics["steps"] == 18
     assert_same(resumed, ast(make_job(tmp_path / "tokens"), **{**SETTING, "tokens": 18 * 64}))

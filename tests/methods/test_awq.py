@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparsekit.errors import MethodError, NumericsError
-from sparsekit.groups import Producer
 from sparsekit.methods.awq import FLOOR, Form, awq, clipped, input_scales, losses
 from sparsekit.methods.rtn import rtn
+from sparsekit.models.groups import Producer
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid
 from sparsekit.registry import METHODS

@@ -6,14 +6,14 @@ import pytest
 import torch
 from families import FAMILIES, save
 
+from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import BlockState, StepStore
-from sparsekit.groups import Producer
 from sparsekit.methods.awq import awq
-from sparsekit.model import ModelView
+from sparsekit.models.groups import Producer
+from sparsekit.models.view import ModelView
 from sparsekit.registry import METHODS
 from sparsekit.state import Group
 from sparsekit.stats import Gram
-from sparsekit.walk import Walk
 
 
 @pytest.mark.parametrize("family", FAMILIES)

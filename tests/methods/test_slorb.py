@@ -10,15 +10,15 @@ from families import load, save
 from test_ast import SETTING, assert_same, make_job
 from torch import nn
 
-from sparsekit.adapter import ADAPTER, attach_adapter, peft_config
 from sparsekit.branch import Branch, LowRank, attach, attached, block_sums, detach, mean_branch
 from sparsekit.checkpoint import BlockState, block_of_tensors, block_tensors
 from sparsekit.errors import CheckpointError, MethodError, PatternError
-from sparsekit.export import export_as, verify_dense
 from sparsekit.formats import FORMATS
+from sparsekit.interchange.adapter import ADAPTER, attach_adapter, peft_config
+from sparsekit.interchange.export import export_as, verify_dense
 from sparsekit.methods.ast import ast
 from sparsekit.methods.gptq import gptq
-from sparsekit.model import ModelView
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram

@@ -9,10 +9,10 @@ from layers import CPU, gram_of, inputs, layer
 from sparsekit.errors import MethodError, NumericsError
 from sparsekit.methods.sparsegpt import sparsegpt
 from sparsekit.methods.wanda import wanda
-from sparsekit.obs import sweep
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
 from sparsekit.stats import Gram, InputNorm
+from sparsekit.sweep.obs import sweep
 from sparsekit.verify import relative_error, verified
 
 PATTERNS = [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2), Pattern(16, 32), Pattern.unstructured(0.6)]

@@ -67,9 +67,7 @@ def test_ria_by_definition(pattern):
     weight = given.source.abs().double()
     norm = x.double().square().mean(0).sqrt()
     for i, row in enumerate(weight):
-        score = [
-            float((w / row.sum() + w / weight[:, j].sum()) * norm[j] ** 0.5) for j, w in enumerate(row)
-        ]
+        score = [float((w / row.sum() + w / weight[:, j].sum()) * norm[j] ** 0.5) for j, w in enumerate(row)]
         assert set(mask[i].nonzero().flatten().tolist()) == kept_of(score, pattern)
 
 
@@ -101,9 +99,7 @@ def swapped_by_definition(weight, x, keep, pattern, cycles, threshold):
             size = pattern.m if pattern.structured else len(w)
             for j in range(len(w)):
                 start = j // size * size
-                prunable = [
-                    k for k in range(start, start + size) if keep[i, k] and sign * float(w[k] * mean[k]) <= 0
-                ]
+                prunable = [k for k in range(start, start + size) if keep[i, k] and sign * float(w[k] * mean[k]) <= 0]
                 gain = sign * float(w[j] * mean[j] / variance[j].clamp(min=1e-8))
                 if not keep[i, j] and prunable and (best is None or gain > best[0]):
                     best = (gain, j, min(prunable, key=lambda k: float(w[k].abs() * norm[k])))

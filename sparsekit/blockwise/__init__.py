@@ -1,0 +1,1 @@
+"""The drivers of methods that see a layer or a group: one block after another, with its calibration inputs."""

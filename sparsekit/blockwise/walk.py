@@ -1,0 +1,299 @@
+"""The block-sequential driver: calibrate, compress, verify, commit and replay one block after another.
+
+The device holds one block, its statistics and a micro-batch. A committed block is loaded and
+replayed forward-only, so a killed walk continues where it stopped, bit-identically on CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.onepass import CalledAgain
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.errors import MethodError
+from sparsekit.ladder import UNREACHED, Ladder
+from sparsekit.models.groups import Producer
+from sparsekit.models.view import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.registry import Method
+from sparsekit.state import Group, LinearState
+from sparsekit.stats import Statistic
+from sparsekit.verify import LayerRecord, as_json, verified
+
+HOST = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Walk:
+    """One step of scope linear or group, over all blocks.
+
+    Attributes:
+        view: The model; its blocks are empty before and after.
+        method: What to apply, with the arguments in `arguments`.
+        selected: Full names of the linears the step is meant for.
+        patterns: The pattern each linear must hold after the step.
+        before: State of a block before the step.
+        store: Where finished blocks are committed.
+        tokens: Calibration windows [samples, seq_len], None for a method without statistics.
+        schedule: "block": all statistics come from the block as it was. "group": each group sees
+            its predecessors already compressed (GPTQ's true-sequential order).
+        progress: Called with (blocks done, blocks in all).
+        reference: A block before anything pruned it, for a method that asks for dense values.
+        allotted: The pattern a layer gets in place of the argument, by an allocation method.
+        overrides: Arguments of single layers in place of the step's; one member decides for its group.
+        ladder: What may be done where arithmetic fails.
+    """
+
+    view: ModelView
+    method: Method
+    arguments: Mapping[str, Any]
+    selected: frozenset[str]
+    patterns: Mapping[str, Pattern]
+    before: Callable[[int], BlockState]
+    store: StepStore
+    tokens: Tensor | None
+    schedule: str
+    progress: Callable[[int, int], None]
+    reference: Callable[[int], BlockState] | None = None
+    allotted: Mapping[str, Pattern] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ladder: Ladder = field(default_factory=Ladder)
+    _mended: dict[str, tuple[str, ...]] = field(default_factory=dict)  # notes by layer
+    _records: list[LayerRecord] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Walk all blocks; blocks committed earlier are only replayed.
+
+        Raises:
+            MethodError: A method failed on a layer, which the message names.
+            PatternError: A layer does not hold the pattern it promised.
+        """
+        total = len(self.view.blocks)
+        stream = None
+        if self.method.stats is not None:
+            if self.tokens is None:
+                raise MethodError(f"{self.method.name} needs calibration data")
+            stream = Activations.begin(self.view, self.tokens)
+        for index in range(total):
+            after = self.store.block(index)
+            if after is None:
+                self._records.clear()
+                block = self.compressed(index, self._given(index), stream)
+                after = self.store.commit_block(index, block, as_json(self._records, stream.remarks if stream else []))
+            if stream is not None and index + 1 < total:
+                with resident(self.view, index, after):
+                    stream.advance(index)
+            self.progress(index + 1, total)
+
+    def _given(self, index: int) -> BlockState:
+        """A block before the step, its linears with their dense values if the method asks for them."""
+        block = self.before(index)
+        if self.method.dense:
+            if self.reference is None:
+                raise MethodError(f"{self.method.name} needs the dense weights")
+            dense = self.reference(index).linears
+            linears = {n: replace(state, dense=dense[n].source) for n, state in block.linears.items()}
+            block = BlockState(linears, block.params)
+        return block
+
+    def compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
+        """A block after the step, on the device; the stream may have been taken through it."""
+        names = [name for name in block.linears if name in self.selected]
+        if not names:
+            return block
+        if stream is None:
+            return self._each(block, names, None)
+        if self.method.scope == "linear":
+            block = BlockState({n: sent(s, self.view.device) for n, s in block.linears.items()}, block.params)
+        with resident(self.view, index, block):
+            groups = self.view.groups(index, *stream.sample(index))
+            if self.method.scope == "group":
+                return self._groups_backwards(index, block, groups, stream)
+            if self.schedule == "group":
+                return self._groups_in_order(index, block, groups, stream)
+            statistics = self._collected(index, groups, stream)
+        for group, statistic in zip(groups, statistics, strict=True):
+            block = self._each(block, [name for name in group if name in self.selected], statistic)
+        return block
+
+    @property
+    def _kind(self) -> type[Statistic]:
+        assert self.method.stats is not None  # only called with calibration
+        return self.method.stats
+
+    def _collected(self, index: int, groups: Sequence[Sequence[str]], stream: Activations) -> list[Statistic]:
+        """One statistic for each group, finite by itself or with the help of the ladder."""
+        return [
+            self._finite(group, statistic, lambda g=group: stream.collect(index, [g], self._kind, finite=True)[0])  # type: ignore[misc]
+            for group, statistic in zip(groups, stream.collect(index, groups, self._kind), strict=True)
+        ]
+
+    def _finite(self, group: Sequence[str], statistic: Statistic, again: Callable[[], Statistic]) -> Statistic:
+        """A statistic as the ladder leaves it; what was done is noted on the group's layers later."""
+        with _naming(", ".join(group)):
+            statistic, notes = self.ladder.mend(statistic, again)
+        self._mended |= dict.fromkeys(group, notes)
+        return statistic
+
+    def _groups_in_order(
+        self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
+    ) -> BlockState:
+        """Each group on what the groups before it have become: in one forward, or one for each group."""
+        groups = [group for group in groups if not self.selected.isdisjoint(group)]
+        result = block
+
+        def settle(number: int, statistic: Statistic) -> None:
+            nonlocal result
+            chosen = [name for name in groups[number] if name in self.selected]
+            result = self._each(result, chosen, statistic)
+            self.view.materialise(index, BlockState({name: result.linears[name] for name in chosen}))
+
+        def mend_and_settle(number: int, found: Statistic) -> None:
+            settle(number, self._finite(groups[number], found, _one_look))
+
+        if stream.advance_settling(index, groups, self._kind, mend_and_settle):
+            return result
+        self._records.clear()
+        self.view.materialise(index, block)
+        result = block
+        for number, group in enumerate(groups):
+            (statistic,) = self._collected(index, [group], stream)
+            settle(number, statistic)
+        return result
+
+    def _groups_backwards(
+        self, index: int, block: BlockState, groups: list[list[str]], stream: Activations
+    ) -> BlockState:
+        """Last group first, so that a scale always folds into a producer that is not quantized yet."""
+        producers = self.view.producers(index, groups, *stream.sample(index))
+        statistics = self._collected(index, groups, stream)
+        for names, producer, statistic in reversed(list(zip(groups, producers, statistics, strict=True))):
+            chosen = [name for name in names if name in self.selected]
+            if chosen:
+                block = self._group(block, names, chosen, producer, statistic)
+        return block
+
+    def _each(self, block: BlockState, names: Sequence[str], statistic: Statistic | None) -> BlockState:
+        """Apply a linear-scope method to the named linears of a block."""
+        linears = dict(block.linears)
+        for name in names:
+            given = sent(linears[name], self.view.device)
+            start = time.perf_counter()
+            with _naming(name):
+                result = self._called(given, statistic)
+            linears[name] = self._proved(given, result, statistic, None, start)  # on the device until committed
+        return BlockState(linears, block.params)
+
+    def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
+        arguments = self.arguments
+        if isinstance(given, LinearState) and given.name in self.allotted:
+            arguments = {**arguments, "pattern": self.allotted[given.name]}
+        for name in [given.name] if isinstance(given, LinearState) else given.linears:
+            arguments = {**arguments, **self.overrides.get(name, {})}
+        if statistic is None:
+            return self.method.function(given, **arguments)
+        if statistic.tokens == 0:  # an expert the router never chose
+            width = next(iter(given.linears.values())) if isinstance(given, Group) else given
+            statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
+            given = _noted(given, UNREACHED)
+        given = self._with_mends(given)
+        call = partial(self.method.function, **arguments)
+        return self.ladder.apply(call, given, partial(_noted, given), statistic)
+
+    def _with_mends(self, given: LinearState | Group) -> LinearState | Group:
+        """The state with the notes of its statistic."""
+        if isinstance(given, LinearState):
+            return given.noted(*self._mended.get(given.name, ()))
+        return given.with_linears({n: s.noted(*self._mended.get(n, ())) for n, s in given.linears.items()})
+
+    def _group(
+        self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
+    ) -> BlockState:
+        """Apply a group-scope method, and fold the input scale it asks for into the producer."""
+        given = {name: sent(block.linears[name], self.view.device) for name in chosen}
+        why = producer if isinstance(producer, str) else ""
+        if len(chosen) < len(names):
+            why = f"{', '.join(sorted(set(names) - set(chosen)))} shares its input and is not part of the step"
+        group = Group(given, why=why)
+        if not why and isinstance(producer, Producer):
+            group = replace(group, tie=producer.tie, untie=producer.untie)
+        start = time.perf_counter()
+        with _naming(", ".join(chosen)):
+            result: Group = self._called(group, stat)
+        linears = {
+            name: sent(self._proved(given[name], state, stat, result.input_scale, start), HOST)
+            for name, state in result.linears.items()
+        }
+        block = BlockState({**block.linears, **linears}, block.params)
+        if result.input_scale is not None and isinstance(producer, Producer):
+            block = producer.fold(block, result.input_scale.to(HOST))
+        return block
+
+    def _proved(
+        self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, start: float
+    ) -> LinearState:
+        """Verify one result and keep its record."""
+        record = verified(
+            before,
+            after,
+            kind=self.method.kind,
+            pattern=self.patterns.get(before.name),
+            statistic=stat,
+            input_scale=scale,
+            seconds=time.perf_counter() - start,
+        )
+        self._records.append(record)
+        return after
+
+
+@contextmanager
+def resident(view: ModelView, index: int, block: BlockState) -> Iterator[None]:
+    """Hold one block on the device."""
+    view.materialise(index, block)
+    try:
+        yield
+    finally:
+        view.release(index)
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Give an error of a method, which knows no names, the layer's name."""
+    try:
+        yield
+    except MethodError as error:
+        if error.layer is None:
+            raise type(error)(str(error), layer=layer) from error
+        raise
+
+
+def _one_look() -> Statistic:
+    """In the forward that stops at each group no token passes twice; the ladder needs one forward for each."""
+    raise CalledAgain
+
+
+def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
+    if isinstance(given, Group):
+        return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
+    return given.noted(note)
+
+
+def sent(state: LinearState, device: torch.device) -> LinearState:
+    """The state with its tensors on a device."""
+    quantized = state.quantized
+    if quantized is not None:
+        tensors = {key: getattr(quantized, key).to(device) for key in ("codes", "scale", "zero", "group_of")}
+        quantized = replace(quantized, **tensors)
+    mask = None if state.mask is None else state.mask.to(device)
+    dense = None if state.dense is None else state.dense.to(device)
+    branch = None if state.branch is None else state.branch.to(device)
+    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense, branch=branch)

@@ -1,0 +1,1 @@
+"""Measurements: perplexity, agreement, zero-shot tasks, paired comparisons, speed."""

@@ -1,0 +1,292 @@
+"""Exports: a Hugging Face directory other software opens, and the true number of its bytes.
+
+What is particular to a format is in `sparsekit.formats`; here is what all have in common: shards,
+configuration, tokenizer, masks, digests, and the proof that what was written reads back. There is
+never a `sparsity_config`: the engines that still know the key refuse to load a model that has one
+(vllm-project/vllm issue 51190).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsekit import __version__
+from sparsekit.checkpoint import BlockState, write_json, write_tensors
+from sparsekit.errors import CheckpointError
+from sparsekit.formats.base import Format, Setting, Storage, find_setting
+from sparsekit.interchange.adapter import ADAPTER, adapter_notes, attach_adapter, branches_of, write_adapter
+from sparsekit.interchange.hfdir import (
+    MARKER,
+    MAX_SHARD,
+    ShardWriter,
+    copy_companions,
+    file_digests,
+    header_bytes,
+    read_config,
+    reader_config,
+    staged,
+)
+from sparsekit.interchange.imports import MASKS, QuantizedFiles
+from sparsekit.interchange.sizes import ExportReport, Tally
+from sparsekit.pattern import Pattern
+from sparsekit.state import LinearState
+
+Blocks = Callable[[int], BlockState]
+
+SAME_LOGITS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest |logit|
+
+
+class ExportedModel(Protocol):
+    """What an export needs of a model; `sparsekit.models.view.ModelView` offers it."""
+
+    path: Path
+    config: Any
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: torch.device
+    blocks: list[str]
+    trust_remote_code: bool
+
+    def to_hf(self, index: int, block: BlockState) -> dict[str, Tensor]:
+        """A block's tensors under their Hugging Face names, shapes and dtype."""
+
+    def rest_to_hf(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks under their Hugging Face names."""
+
+
+def export_as(
+    storage_format: Format,
+    view: ExportedModel,
+    blocks: Blocks,
+    directory: Path,
+    *,
+    name: str = "",
+    patterns: Mapping[str, Pattern] | None = None,
+    tokenizer_dir: Path | None = None,
+    max_shard: int = MAX_SHARD,
+    layout: str = "auto",
+) -> ExportReport:
+    """Write the model in one of the formats, and read its integers back before it takes its place.
+
+    Args:
+        storage_format: Of `sparsekit.formats`.
+        view: The model; integers are packed on its device.
+        blocks: State of each block by index; called up to three times for every block.
+        directory: Where to; an earlier export there is replaced in one step.
+        name: Of the recipe, for `sparsekit.json`.
+        patterns: The pattern each linear must hold, by full name; counted once more here.
+        tokenizer_dir: Where the tokenizer lies, when not with the model.
+        max_shard: Bytes of a weight file.
+        layout: One of the format's layouts; "auto" lets the format choose.
+    Raises:
+        CheckpointError: A layer has no such layout, found before anything is written, or the place
+            cannot be written, or it reads back differently; nothing is left behind.
+        PatternError: A linear breaks its pattern.
+    """
+    storage, tally = storage_format.storage, Tally()
+    setting = None if storage is None else find_setting(storage, _named_blocks(view, blocks), layout)
+    branches = branches_of(blocks, lambda index, block: set(view.to_hf(index, block)), len(view.blocks))
+    with staged(directory, view.path) as target:
+        writer = _Writer(ShardWriter(target, max_shard, "model" if storage is None else storage.stem), tally)
+        left_dense = _write_blocks(view, blocks, patterns or {}, writer, storage, setting)
+        writer.dense(_untied(view.rest_to_hf()))
+        extra: dict[str, Any] = {}
+        if storage is not None and setting is not None:
+            extra = {"quantization_config": storage.config(setting, left_dense)}
+            for file, content in storage.companions(setting).items():
+                write_json(target / file, content)
+        notes = _write_companions(view, target, tokenizer_dir or view.path, extra)
+        _write_masks(target, tally)
+        if branches:
+            tally.bytes.adapter = write_adapter(target, branches, view.dtype)
+            tally.parameters += sum(branch.parameters for branch in branches.values())
+            notes += adapter_notes(branches, tally.bytes.adapter)
+        files = writer.close(target)
+        written = storage_format.name if setting is None else _written(storage_format, setting)
+        _write_marker(target, written, name, tally, files)
+        if storage is not None and setting is not None:
+            _read_back(target, view, blocks)
+            notes += [*storage.notes(setting, bool(tally.masks)), *_dense_note(left_dense)]
+    return ExportReport(
+        format=written,
+        directory=directory,
+        bytes=tally.bytes,
+        parameters=tally.parameters,
+        bits_per_weight=tally.bits_per_weight,
+        engines=tuple(storage_format.engines(setting)),
+        notes=tuple(notes),
+        files=files,
+    )
+
+
+def _written(storage_format: Format, setting: Setting) -> str:
+    """What the format is called in reports: with its layout where that has a name of its own."""
+    return setting.layout if setting.layout.startswith(storage_format.name) else storage_format.name
+
+
+def _write_blocks(
+    view: ExportedModel,
+    blocks: Blocks,
+    patterns: Mapping[str, Pattern],
+    writer: _Writer,
+    storage: Storage | None,
+    setting: Setting | None,
+) -> list[str]:
+    """Write every block; returns the linears that are not stored as integers."""
+    left_dense: list[str] = []
+    for index in range(len(view.blocks)):
+        block = blocks(index)
+        dense: dict[str, LinearState] = {}
+        for linear, stored in block.linears.items():
+            state, told = _integers_on(view.device, stored), None
+            writer.tally.record(state, patterns.get(linear))
+            if storage is None or setting is None or state.quantized is None:
+                dense[linear] = stored
+            else:
+                packed = storage.pack(state.quantized, setting.layout, state.mask)
+                writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
+                told = storage.mask(packed)
+            if state.mask is not None and (told is None or not torch.equal(told, state.mask)):
+                writer.tally.add_mask(linear, state.mask)
+        left_dense += dense
+        writer.dense(view.to_hf(index, BlockState(dense, block.params)))
+    return left_dense
+
+
+def _integers_on(device: torch.device, state: LinearState) -> LinearState:
+    """The state with its integers and its mask on a device, for packing; float values stay where they are."""
+    if state.quantized is None:
+        return state
+    mask = None if state.mask is None else state.mask.to(device)
+    return replace(state, quantized=state.quantized.to(device), mask=mask)
+
+
+def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
+    """Hold every integer and every mask of the files against the run's.
+
+    Raises:
+        CheckpointError: One differs.
+    """
+    stored = QuantizedFiles(target, view.device)
+    for index in range(len(view.blocks)):
+        for name, written in blocks(index).linears.items():
+            if written.quantized is None:
+                continue
+            found, state = stored[name], _integers_on(view.device, written)
+            assert state.quantized is not None
+            assert found.quantized is not None  # it is a mapping of quantized linears
+            masked = state.mask is None or (found.mask is not None and torch.equal(found.mask, state.mask))
+            if not (masked and state.quantized.equal(found.quantized)):
+                raise CheckpointError(f"{name} reads back from {target} as other integers than were written")
+
+
+def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: ExportedModel) -> float:
+    """Open a dense export with plain Transformers, add its adapter if it has one, and compare its logits.
+
+    Args:
+        directory: Of the export.
+        tokens: int [batch, seq_len].
+        logits: [batch, seq_len, vocabulary], what the model computed for them.
+        view: The model that was exported; its compute dtype and device are used.
+    Returns:
+        The largest absolute difference. It is 0 where the same kernels see the same values, as in
+        float32 on a CPU; the tolerance (`SAME_LOGITS`) is for devices that choose kernels by memory.
+    Raises:
+        CheckpointError: The directory does not load, or computes something else.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=view.compute_dtype,
+            local_files_only=True,
+            trust_remote_code=view.trust_remote_code,
+            attn_implementation=view.config._attn_implementation,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"Transformers cannot open the export {directory}: {error}") from error
+    model = model.to(view.device).eval()
+    if (directory / ADAPTER).is_dir():
+        attach_adapter(model, directory)
+    with torch.inference_mode():
+        found = model(input_ids=tokens.to(view.device), use_cache=False).logits
+    difference = float((found.float() - logits.to(found.device).float()).abs().max())
+    allowed = SAME_LOGITS[view.compute_dtype] * float(logits.abs().max())
+    if not difference <= allowed:  # also when it is NaN
+        raise CheckpointError(f"{directory} computes other logits than the run: they differ by up to {difference:.3g}")
+    return difference
+
+
+class _Writer:
+    """Shards and their count, filled together."""
+
+    def __init__(self, shards: ShardWriter, tally: Tally) -> None:
+        self._shards = shards
+        self.tally = tally
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._shards.add(name, tensor)
+            self.tally.add_dense(tensor)
+
+    def packed(self, name: str, tensors: Mapping[str, Tensor], parts: Mapping[str, str], weights: int) -> None:
+        for suffix, tensor in tensors.items():
+            self._shards.add(f"{name}.{suffix}", tensor)
+        self.tally.add_packed(tensors, parts, weights)
+
+    def close(self, target: Path) -> dict[str, dict[str, Any]]:
+        paths = self._shards.close()
+        self.tally.check(sum(map(header_bytes, paths)), sum(path.stat().st_size for path in paths))
+        return file_digests(target, paths)
+
+
+def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockState, set[str]]]:
+    """Every block with the names its tensors get."""
+    for index in range(len(view.blocks)):
+        block = blocks(index)
+        hollow = {name: LinearState(name, state.source.to("meta")) for name, state in block.linears.items()}
+        yield block, set(view.to_hf(index, BlockState(hollow, block.params)))
+
+
+def _untied(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without the second name of one that is tied; Transformers ties them again."""
+    kept: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in rest.items():
+        kept.setdefault((tensor.data_ptr(), tensor.shape), name)
+    return {name: rest[name] for name in kept.values()}
+
+
+def _write_companions(view: ExportedModel, target: Path, tokenizer: Path, extra: Mapping[str, Any]) -> list[str]:
+    """config.json, generation_config.json and the tokenizer; returns remarks."""
+    raw = read_config(view.path)
+    config, notes = reader_config(raw, view.dtype)
+    write_json(target / "config.json", {**config, **extra})
+    return notes + copy_companions(view.path, tokenizer, target, code="auto_map" in raw)
+
+
+def _write_masks(target: Path, tally: Tally) -> None:
+    if tally.masks:
+        shapes = {name: tally.layers[name]["shape"] for name in tally.masks}
+        write_tensors(target / MASKS, tally.masks, {"shapes": json.dumps(shapes), "bit_order": "little"})
+        tally.bytes.masks = (target / MASKS).stat().st_size
+
+
+def _write_marker(target: Path, written: str, name: str, tally: Tally, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """sparsekit.json: what this directory is, and the digests that tell whether it still is."""
+    versions = {"sparsekit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"recipe": name, "format": written, "versions": versions, "files": files, "linears": tally.layers}
+    masks = {"masks": str(MASKS)} if tally.masks and (target / MASKS).exists() else {}
+    write_json(target / MARKER, {**about, **masks})
+
+
+def _dense_note(left_dense: Sequence[str]) -> Iterator[str]:
+    if left_dense:
+        yield f"{len(left_dense)} linears inside the blocks stay dense: {', '.join(left_dense)}"

@@ -1,0 +1,213 @@
+"""Quantized checkpoints back into states: our own, and those of GPTQModel, AutoAWQ and llm-compressor.
+
+A directory that sparsekit wrote is held against the digests in its `sparsekit.json` first. Whatever
+does not fit is an error that names the file or the layer; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsekit.checkpoint import read_json, read_tensors, sha256_file, unpack_mask
+from sparsekit.errors import CheckpointError
+from sparsekit.formats import storage_of
+from sparsekit.interchange.hfdir import MARKER, read_config
+from sparsekit.state import LinearState
+
+MASKS = Path("sparsekit") / "masks.safetensors"  # in a folder: loaders read every *.safetensors beside the model
+
+
+class QuantizedFiles(Mapping[str, LinearState]):
+    """The quantized linears of a directory by their stored name; each is read when it is asked for.
+
+    Attributes:
+        directory: Where.
+        storage: The format.
+        setting: What its configuration says.
+        quantizer: Who wrote it, as far as the files tell.
+    """
+
+    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+        """Open a directory.
+
+        Args:
+            directory: With a config.json that has a `quantization_config`.
+            device: Where integers are unpacked and the states are.
+
+        Raises:
+            CheckpointError: An unknown format or version, a damaged or missing file.
+        """
+        self.directory = directory
+        self._device = device
+        about = read_config(directory).get("quantization_config")
+        if not isinstance(about, dict):
+            raise CheckpointError(f"{directory / 'config.json'} has no quantization_config: not quantized")
+        try:
+            self.storage = storage_of(about.get("quant_method"))
+            self.setting = self.storage.setting(about)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
+        marker = self._marker(required=self.storage.checksums)
+        self._files = _index(directory, self.storage.stem if self.storage.checksums else "")
+        first = next(iter(self.storage.parts))
+        self._stems = {name.removesuffix(f".{first}"): None for name in self._files if name.endswith(f".{first}")}
+        if not self._stems:
+            raise CheckpointError(f"{directory} says quantized with {self.storage.title} and has no tensor *.{first}")
+        self._masks = _masks(directory, marker)
+        self.quantizer = "sparsekit" if marker else _writer(about)
+
+    def _marker(self, required: bool) -> dict[str, Any]:
+        """What `sparsekit.json` says, its digests checked; {} for a directory of others.
+
+        Raises:
+            CheckpointError: A file is missing, cut short or changed.
+        """
+        path = self.directory / MARKER
+        if not path.is_file():
+            if required:
+                raise CheckpointError(f"{path} is missing: without its digests this format is not read")
+            return {}
+        marker = read_json(path)
+        files = marker.get("files") if isinstance(marker, dict) else None
+        if not isinstance(marker, dict) or not isinstance(files, dict) or not files:
+            raise CheckpointError(f"{path} lists no weight files")
+        for name, known in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"{path} names {name}, which is outside the directory")
+            _check_file(self.directory / str(name), known)
+        return marker
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stems)
+
+    def __getitem__(self, name: str) -> LinearState:
+        """Read one linear.
+
+        Raises:
+            KeyError: There is no such linear.
+            CheckpointError: Its tensors are incomplete or do not fit the configuration.
+        """
+        if name not in self._stems:
+            raise KeyError(name)
+        parts = [part for part in self.storage.parts if f"{name}.{part}" in self._files]
+        found = {part: self.tensor(f"{name}.{part}").to(self._device) for part in parts}
+        try:
+            quantized = self.storage.unpack(found, self.setting)
+            told = self.storage.mask(found)
+            if name in self._masks:
+                bits, shape = self._masks[name]
+                if tuple(shape) != tuple(quantized.codes.shape):
+                    raise CheckpointError(f"its mask is {shape}, the weight {list(quantized.codes.shape)}")
+                told = unpack_mask(bits.to(self._device), shape)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.directory}: {name}: {error}") from error
+        weight = quantized.dequantize()
+        if told is not None and bool((weight[~told] != 0).any()):
+            raise CheckpointError(f"{self.directory}: {name}: weights that its mask calls pruned are not zero")
+        return LinearState(name, weight, told, quantized)
+
+    def plain(self) -> dict[str, Path]:
+        """The tensors that are no part of a quantized linear, and the files that hold them."""
+        suffixes = {f"{stem}.{part}" for stem in self._stems for part in self.storage.parts}
+        return {name: path for name, path in self._files.items() if name not in suffixes}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            CheckpointError: Its file is damaged.
+        """
+        path = self._files[name]
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                value: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {name} from {path}: {error}") from error
+        return value
+
+
+def load_quantized(directory: str | Path) -> QuantizedFiles:
+    """Open a quantized checkpoint: GPTQ (versions 1 and 2), AWQ GEMM, pack-quantized or sparsekit-24.
+
+    Args:
+        directory: As written by `sparsekit run`, GPTQModel, AutoAWQ or llm-compressor.
+    Returns:
+        A mapping from the names of its quantized linears to `LinearState`, read one at a time.
+    Raises:
+        CheckpointError: An unknown format or version, a damaged or missing file.
+    """
+    return QuantizedFiles(Path(directory))
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a model directory's config.json names a quantization."""
+    return bool(read_config(directory).get("quantization_config"))
+
+
+def _check_file(path: Path, known: Any) -> None:
+    if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
+        raise CheckpointError(f"{path.parent / MARKER} has no digest of {path.name}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, {MARKER} lists it")
+    size = path.stat().st_size
+    if size != known["bytes"]:
+        raise CheckpointError(f"{path} has {size:,} bytes, {known['bytes']:,} were written")
+    if sha256_file(path) != known["sha256"]:
+        raise CheckpointError(f"{path} was changed after it was written: its sha256 is not the one in {MARKER}")
+
+
+def _index(directory: Path, stem: str) -> dict[str, Path]:
+    """Tensor names and their files, every shard that an index names included.
+
+    Raises:
+        CheckpointError: A file is missing or cut short.
+    """
+    listed: set[str] = set()
+    for path in sorted(directory.glob(f"{stem}*.safetensors.index.json")):
+        content = read_json(path)
+        listed |= set(content["weight_map"].values()) if isinstance(content.get("weight_map"), dict) else set()
+    paths = sorted(directory.glob(f"{stem}*.safetensors"))
+    absent = sorted(listed - {path.name for path in paths})
+    if absent:
+        raise CheckpointError(f"{directory / absent[0]} is missing, the index lists it")
+    if not paths:
+        raise CheckpointError(f"{directory} has no {stem}*.safetensors weights")
+    index: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                index.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
+    return index
+
+
+def _masks(directory: Path, marker: Mapping[str, Any]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """Packed masks and shapes by linear, from the mask file that sparsekit writes."""
+    if "masks" not in marker:
+        return {}
+    path = directory / MASKS
+    tensors, metadata = read_tensors(path)
+    try:
+        shapes = json.loads(metadata["shapes"])
+        return {name: (bits, tuple(shapes[name])) for name, bits in tensors.items()}
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} lacks the shape of a mask: {error}") from error
+
+
+def _writer(about: Mapping[str, Any]) -> str:
+    """Who wrote a checkpoint, for notes."""
+    meta = about.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    told = quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer
+    return str(told or "software that does not name itself")

@@ -1,0 +1,127 @@
+"""From what a recipe calls a model to a directory and an empty module."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparsekit.errors import ModelError, nearest
+
+MOST = 8192  # layers, experts or heads
+COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|heads?)")
+ASSETS = Path(__file__).parents[1] / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def locate(path: str, *, allow_network: bool = False) -> Path:
+    """The directory a model path means.
+
+    Raises:
+        ModelError: It does not exist; the message names the nearest sibling that holds a model.
+    """
+    if path.startswith("builtin:"):
+        name = path.removeprefix("builtin:")
+        names = _models(ASSETS)
+        if name not in names:
+            there = ", ".join(names) or "none in this installation"
+            raise ModelError(f"no built-in model {name!r}; there is {there}.{nearest(name, names)}")
+        return ASSETS / name
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{directory} holds no config.json, so it is no Hugging Face model")
+        return directory.resolve()
+    if allow_network and not directory.is_absolute():
+        return _download(path)
+    hint = nearest(directory.name, _models(directory.parent))
+    raise ModelError(f"model {path} is no directory.{hint} A hub id needs allow_network: true in the recipe")
+
+
+def _models(parent: Path) -> list[str]:
+    """Names of the model directories in a directory, which need not exist; sorted, for messages that stay the same."""
+    return sorted(config.parent.name for config in parent.glob("*/config.json"))
+
+
+def _download(name: str) -> Path:
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot fetch {name} from the hub: {error}") from error
+    return Path(found)
+
+
+def _check_counts(directory: Path) -> None:
+    """Refuse a configuration that is none, or that asks for so many modules that building them would never end.
+
+    Raises:
+        ModelError: With the key.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} is no JSON object")
+    if not isinstance(raw.get("quantization_config") or {}, dict):
+        raise ModelError(f"{path}: quantization_config is no mapping")
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if COUNT.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST:
+                raise ModelError(f"{path}: {key} is {value}, and no model has less than 0 or more than {MOST}")
+
+
+@contextmanager
+def offline(allow_network: bool) -> Iterator[None]:
+    """Keep huggingface_hub from the network unless the recipe allows it: code named in a config is fetched too."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = before or not allow_network
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model with parameters on meta and buffers (rotary tables) in place."""
+    _check_counts(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
+            warnings.simplefilter("ignore")  # of torch, about initial values that nobody will use
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a configuration may be wrong in any way, and the model's class finds out
+        first = str(error).partition("\n")[0]
+        raise ModelError(f"{directory} holds no causal LM transformers can build: {first}") from error
+    if not isinstance(module, PreTrainedModel):
+        raise ModelError(f"{directory} builds a {type(module).__name__}, no transformers model")
+    module.tie_weights()  # built empty, tied parameters are still two
+    return module.eval()
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The dtype a recipe names."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ModelError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """The device a recipe names; `auto` is CUDA when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda is asked for and torch sees none")
+    return device

@@ -1,0 +1,355 @@
+"""One Hugging Face causal LM as sparsekit sees it: a list of blocks, loaded one at a time.
+
+The module is built with its parameters on the meta device. What lies outside the blocks (embeddings,
+final norm, head) is loaded at once; a block's weights are there only between `materialise` and
+`release`. Blocks are found by structure, not by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sparsekit.branch import attach, detach
+from sparsekit.checkpoint import BlockState
+from sparsekit.errors import ModelError
+from sparsekit.models.arch import Origin, canonicalise
+from sparsekit.models.groups import Producer, find_producers, shared_inputs
+from sparsekit.models.locate import device_of, dtype_of, locate, offline, skeleton
+from sparsekit.models.weights import Weights
+from sparsekit.state import LinearState
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a block is called with besides its hidden states: masks, positions, rotary tables."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """One parameter tensor and what sparsekit can do with it.
+
+    Attributes:
+        name: Full path of the linear, or of the parameter.
+        numel: Entries; a tied tensor is counted once.
+        category: `linear`, `kept by rule` (embeddings, head, norms, biases) or `not reachable`.
+    """
+
+    name: str
+    numel: int
+    category: str
+
+
+class _Stop(Exception):
+    """Ends a skeleton pass once the last block has been called."""
+
+
+class ModelView:
+    """A model directory, opened; see `open`."""
+
+    def __init__(
+        self,
+        path: Path,
+        module: PreTrainedModel,
+        weights: Weights,
+        origins: Mapping[str, Origin],
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool,
+        empty: bool = False,
+    ) -> None:
+        self.path = path
+        self.module = module
+        self.config: PreTrainedConfig = module.config
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype
+        self.device = device
+        self.trust_remote_code = trust_remote_code
+        self.blocks = _find_blocks(module)
+        self.notes = [weights.note] if weights.note else []
+        self.quantized = weights.quantized is not None
+        self._weights = weights
+        self._origins = origins
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        self._sites = _sites(module)
+        self._changed: set[str] = set()
+        for name in [] if empty else self._outside():
+            self._place(name, self._read(name))
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                setattr(owner, name, buffer.to(device))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        compute_dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        trust_remote_code: bool = False,
+        allow_network: bool = False,
+        empty: bool = False,
+    ) -> ModelView:
+        """Open a directory with a Hugging Face causal LM.
+
+        Args:
+            path: A directory, `builtin:NAME`, or a hub id if `allow_network`.
+            dtype: What weights are stored in; `auto` is the checkpoint's own.
+            compute_dtype: What forwards compute in; `auto` is float32 on CPU, else `dtype`.
+            device: `auto` is CUDA when there is one.
+            trust_remote_code: Let the checkpoint's own Python code run.
+            allow_network: Let a hub id be downloaded.
+            empty: Read headers only and leave every parameter on meta, to look at the structure.
+        Raises:
+            ModelError: No such directory, no safetensors weights, a missing or misshapen tensor,
+                or no repeated blocks with linear layers.
+        """
+        directory = locate(str(path), allow_network=allow_network)
+        with offline(allow_network):
+            module = skeleton(directory, trust_remote_code)
+            weights = Weights(directory, module, trust_remote_code=trust_remote_code)
+        origins = canonicalise(module)
+        where = device_of(device)
+        stored = weights.dtype() if dtype == "auto" else dtype_of(dtype)
+        default = torch.float32 if where.type == "cpu" else stored
+        computed = default if compute_dtype == "auto" else dtype_of(compute_dtype)
+        return cls(directory, module, weights, origins, stored, computed, where, trust_remote_code, empty)
+
+    def copy(self) -> ModelView:
+        """The same model, opened once more; no block of it is loaded."""
+        return ModelView.open(
+            self.path,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    # what there is
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of a block by full path, in module order."""
+        block = self.blocks[index]
+        modules = self.module.get_submodule(block).named_modules(prefix=block)
+        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+
+    def ledger(self) -> list[LedgerRow]:
+        """Every parameter tensor and whether a step can reach it."""
+        linears = {f"{name}.weight": name for index in range(len(self.blocks)) for name in self.linears(index)}
+        rows = []
+        for name, shape in self._shapes.items():
+            if name in linears:
+                rows.append(LedgerRow(linears[name], shape.numel(), "linear"))
+            elif self._inside(name) and len(shape) >= 2:
+                rows.append(LedgerRow(name, shape.numel(), "not reachable"))
+            else:
+                rows.append(LedgerRow(name, shape.numel(), "kept by rule"))
+        return rows
+
+    def _inside(self, name: str) -> bool:
+        return any(name.startswith(f"{block}.") for block in self.blocks)
+
+    def _outside(self) -> list[str]:
+        return [name for name in self._shapes if not self._inside(name)]
+
+    # weights in and out
+
+    def dense_block(self, index: int) -> BlockState:
+        """A block's tensors as the model's files have them, on the host; integers as integers."""
+        linears = {f"{name}.weight": name for name in self.linears(index)}
+        state = BlockState({}, {})
+        for name in self._shapes:
+            if not name.startswith(f"{self.blocks[index]}."):
+                continue
+            if name in linears:
+                origin, linear = self._origins.get(name, Origin(name)), linears[name]
+                stored = self._weights.linear(origin.name, linear, self._shapes[name])
+                state.linears[linear] = stored or LinearState(linear, self._read(name).float())
+            else:
+                state.params[name] = self._read(name)
+        return state
+
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks as they stand, tied ones once."""
+        return {name: self.module.get_parameter(name).detach() for name in self._outside()}
+
+    def load_rest(self, rest: Mapping[str, Tensor]) -> None:
+        """Replace tensors outside the blocks; those not named return to the model's own."""
+        for name in self._changed - rest.keys():
+            self._place(name, self._read(name))
+        for name, value in rest.items():
+            self._place(name, value)
+        self._changed = set(rest)
+
+    def materialise(self, index: int, block: BlockState) -> None:
+        """Put a block's values on the device, rounded to the stored dtype, in the compute dtype."""
+        linears = self.linears(index)
+        for name, state in block.linears.items():
+            self._place(f"{name}.weight", state.weight)
+            linear = linears[name]
+            if state.branch is None:
+                detach(linear)
+            else:
+                attach(linear, state.branch)
+        for name, value in block.params.items():
+            self._place(name, value)
+
+    def materialise_all(self, blocks: Iterable[BlockState]) -> None:
+        """Put every block on the device."""
+        for index, block in enumerate(blocks):
+            self.materialise(index, block)
+
+    def release(self, index: int) -> None:
+        """Drop a block's values."""
+        for linear in self.linears(index).values():
+            detach(linear)
+        for name, shape in self._shapes.items():
+            if name.startswith(f"{self.blocks[index]}."):
+                self._set(name, torch.empty(shape, dtype=self.compute_dtype, device="meta"))
+
+    def pretend(self, index: int | None, make: Callable[[torch.Size], Tensor]) -> None:
+        """Put made-up values into a block, or outside the blocks for None; a plan reads no weights."""
+        for name, shape in self._shapes.items():
+            if name.startswith(f"{self.blocks[index]}.") if index is not None else not self._inside(name):
+                self._set(name, make(shape))
+
+    def to_hf(self, index: int, block: BlockState) -> dict[str, Tensor]:
+        """A block's tensors under the names and shapes of the Hugging Face model, in the stored dtype."""
+        tensors = {f"{name}.weight": state.weight for name, state in block.linears.items()} | block.params
+        result: dict[str, Tensor] = {}
+        slices: dict[str, dict[int, Tensor]] = {}
+        for name, tensor in tensors.items():
+            origin = self._origins.get(name, Origin(name))
+            stored = tensor.to(self.dtype)
+            if origin.form == "expert":
+                slices.setdefault(origin.name, {})[origin.expert] = stored
+            else:
+                result[origin.name] = origin.take(stored)  # a transposition is its own inverse
+        for name, experts in slices.items():
+            result[name] = torch.stack([experts[expert] for expert in range(len(experts))])
+        return result
+
+    def rest_to_hf(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks under Hugging Face names, in the stored dtype."""
+        return {name: value.to(self.dtype) for name, value in self.rest().items()}
+
+    def _read(self, name: str) -> Tensor:
+        origin = self._origins.get(name, Origin(name))
+        experts = sum(other.name == origin.name for other in self._origins.values())
+        return origin.take(self._weights.read(origin.name, origin.shape(self._shapes[name], experts)))
+
+    def _place(self, name: str, value: Tensor) -> None:
+        self._set(name, value.to(self.dtype).to(self.device, self.compute_dtype, copy=True))
+
+    def _set(self, name: str, value: Tensor) -> None:
+        parameter = nn.Parameter(value, requires_grad=False)
+        for owner, attribute in self._sites[name]:
+            setattr(owner, attribute, parameter)
+
+    # forwards
+
+    def begin(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Embed tokens, int [batch, seq_len]: the hidden states [batch, seq_len, width] that enter
+        block 0, and what each block is called with besides. No block weight is touched.
+        """  # noqa: D205
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            hidden.append(x)
+            calls.append(Call(args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _Stop
+            return x
+
+        with self._replaced(lambda index: record):
+            try:
+                self._forward(tokens)
+            except _Stop:
+                return hidden[0], calls
+        raise ModelError(f"{self.path}: a forward called {len(calls)} of {len(self.blocks)} blocks")
+
+    def run_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Run a resident block: [batch, seq_len, width] to the same shape."""
+        output = self.module.get_submodule(self.blocks[index])(hidden, *call.args, **call.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: logits [batch, seq_len, vocabulary]."""
+        last = len(self.blocks) - 1
+
+        def passing(index: int) -> Callable[..., Tensor]:
+            return lambda x, *args, **kwargs: hidden if index == last else x
+
+        with self._replaced(passing):
+            result: Tensor = self._forward(tokens).logits
+        return result
+
+    def _forward(self, tokens: Tensor) -> Any:
+        return self.module(input_ids=tokens.long().to(self.device), use_cache=False)
+
+    @contextmanager
+    def _replaced(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        """Run the model with other block forwards."""
+        blocks = [self.module.get_submodule(name) for name in self.blocks]
+        for index, block in enumerate(blocks):
+            block.forward = forward(index)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    # structure
+
+    def groups(self, index: int, hidden: Tensor, call: Call) -> list[list[str]]:
+        """Linears of a resident block that share an input tensor, in call order."""
+        return shared_inputs(self.linears(index), lambda: self.run_block(index, hidden, call))
+
+    def producers(self, index: int, groups: list[list[str]], hidden: Tensor, call: Call) -> list[Producer | str]:
+        """For each group of a resident block, who can absorb an input scale, or why nobody can."""
+        block = self.blocks[index]
+        modules = dict(self.module.get_submodule(block).named_modules(prefix=block))
+        config = self.config.get_text_config()
+        heads = config.num_attention_heads
+        keys = config.to_dict().get("num_key_value_heads") or heads
+        width = config.to_dict().get("head_dim") or config.hidden_size // heads
+        run = lambda: self.run_block(index, hidden, call)  # noqa: E731
+        return find_producers(modules, self.linears(index), groups, run, (heads, keys, width))
+
+
+def _find_blocks(module: nn.Module) -> list[str]:
+    """Paths of the repeated blocks: the members of the list that holds the most linear weights."""
+    best: list[str] = []
+    size = 0
+    for path, candidate in module.named_modules():
+        if not isinstance(candidate, nn.ModuleList) or len({type(member) for member in candidate}) != 1:
+            continue
+        held = sum(m.weight.numel() for m in candidate.modules() if isinstance(m, nn.Linear))
+        if held > size and not isinstance(candidate[0], nn.Linear):
+            best, size = [f"{path}.{index}" for index in range(len(candidate))], held
+    if not best:
+        raise ModelError(f"{type(module).__name__} has no list of repeated blocks with linear layers")
+    return best
+
+
+def _sites(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Where each parameter is held; a tied one in several places."""
+    by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            by_identity.setdefault(id(parameter), []).append((owner, attribute))
+    return {name: by_identity[id(parameter)] for name, parameter in module.named_parameters()}

@@ -1,0 +1,290 @@
+"""What a recipe will take: memory, disk and time of every step, predicted without reading a weight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsekit.blockwise.activations import DEVICE_SHARE, WAITING_SHARE, free_memory, waiting_bytes
+from sparsekit.formats import FORMATS
+from sparsekit.models.shapes import ModelSizes, sizes_of
+from sparsekit.models.view import ModelView
+from sparsekit.planning import memory_model as memory
+from sparsekit.planning.microbench import Bench
+from sparsekit.planning.peak import resident_now
+from sparsekit.planning.plan import Plan, PlannedStep, make_plan
+from sparsekit.recipe import Recipe, TextEntry
+from sparsekit.reporting.charts import place
+from sparsekit.text import locate_text
+
+BYTES_A_TOKEN = 4  # of English text, roughly; only where a recipe does not say how many windows
+UNPACKED = 3.5  # times an .xz text is larger unpacked
+FORWARDS_OF_HEAD = 4  # student and teacher forward, two products backward
+LOSS_TRAFFIC = {"cuda": 12, "cpu": 120}  # bytes a logit the loss and its gradient move: one kernel, or 30 operations
+STEP_TRAFFIC = {"cuda": 36, "cpu": 180}  # bytes a parameter an optimizer step moves: fused, or operation by operation
+
+
+@dataclass(slots=True)
+class Estimator:
+    """Works the numbers of a plan out.
+
+    Attributes:
+        recipe: The recipe.
+        view: The model, opened with `empty`.
+        plan: The recipe resolved.
+        sizes: Sizes of the model.
+        bench: Times what has to be timed.
+        process: Bytes of the process before any of it.
+        notes: What the prediction leaves out.
+    """
+
+    recipe: Recipe
+    view: ModelView
+    plan: Plan
+    sizes: ModelSizes
+    bench: Bench
+    process: int
+    notes: list[str] = field(default_factory=list)
+    _forward: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> Estimator:
+        """Resolve a recipe against its model's config and headers; texts only have to be there.
+
+        Raises:
+            RecipeError: The recipe does not fit the model.
+            CoverageError: Too much of the model is out of reach.
+            DataError: A text is missing.
+        """
+        process, model = resident_now(), recipe.model
+        view = ModelView.open(
+            recipe.resolve(model.path),
+            dtype=model.dtype,
+            compute_dtype=model.compute_dtype,
+            device=model.device,
+            trust_remote_code=model.trust_remote_code,
+            allow_network=recipe.allow_network,
+            empty=True,
+        )
+        data = recipe.data
+        for entry in filter(None, (data.calibration, data.train, *data.evaluation.values())):
+            for path in entry.paths:
+                if not path.startswith("hub:"):
+                    locate_text(path, recipe.resolve)
+        plan = make_plan(recipe, view, {}, digest="not read")
+        sizes = sizes_of(view)
+        return cls(recipe, view, plan, sizes, Bench(view, sizes), process)
+
+    def all(self) -> dict[str, Any]:
+        """Everything, for the terminal and for JSON."""
+        self.bench.deadline = time.monotonic() + self.bench.budget
+        disk_rate = self.bench.disk_seconds(self.recipe.output_directory())
+        head = self.bench.head_seconds()
+        steps = [self._step(planned, head, disk_rate) for planned in self.plan.steps]
+        scoring = self._scoring(head)
+        exports = {name: self._export_bytes(name) for name in self.recipe.export.formats}
+        everything = [*steps, *([scoring] if scoring else [])]
+        seconds = sum(part["seconds"] for part in steps) + sum(exports.values()) * disk_rate
+        if scoring:
+            seconds += scoring["seconds"] * (1 + len(steps))
+        coverage = self.plan.coverage
+        return {
+            "name": self.recipe.name,
+            "device": self.view.device.type,
+            "layers": list(self._layers()),
+            "coverage": {"share": coverage.share, "total": coverage.total, "unreachable": dict(coverage.unreachable)},
+            "steps": steps,
+            "scoring": scoring,
+            "exports": exports,
+            "disk": sum(part["disk"] for part in steps) + sum(exports.values()),
+            "peak_device": max(part["device"]["bytes"] for part in everything) if everything else 0,
+            "peak_host": max(part["host"]["bytes"] for part in everything) if everything else self.process,
+            "seconds": seconds,
+            "notes": [*self.plan.notes, *self.notes, *self.bench.notes, *self._warnings(everything)],
+        }
+
+    def _layers(self) -> Iterator[dict[str, Any]]:
+        """What becomes of every linear inside the blocks."""
+        for block in self.sizes.blocks:
+            for name, shape in block.linears.items():
+                done = [_deed(planned) for planned in self.plan.steps if name in planned.selected]
+                yield {"name": name, "shape": list(shape), "steps": done}
+
+    def forward_seconds(self, seq_len: int) -> float:
+        """Seconds for a token through one block."""
+        if seq_len not in self._forward:
+            self._forward[seq_len] = self.bench.forward_seconds(seq_len)
+        return self._forward[seq_len]
+
+    def _step(self, planned: PlannedStep, head: float, disk_rate: float) -> dict[str, Any]:
+        """One step."""
+        method = planned.step.method
+        model = method.scope == "model"
+        device, host, seconds = self._train(planned, head) if model else self._walk(planned)
+        disk = sum(self._block_bytes(planned, index) for index in range(len(self.sizes.blocks)))
+        kept = self._checkpoint_bytes(planned) if model else 0
+        return {
+            "title": planned.title,
+            "method": method.name,
+            "device": device.as_dict(),
+            "host": host.as_dict(),
+            "disk": disk + kept,
+            "seconds": seconds + 2 * disk * disk_rate,  # written, and read for its digest
+        }
+
+    def _walk(self, planned: PlannedStep) -> tuple[memory.Moment, memory.Moment, float]:
+        """Memory and time of a step over blocks."""
+        data, kind = self.recipe.data.calibration, planned.step.method.stats
+        samples, seq_len = (0, 1) if data is None or kind is None else (self._windows(data), data.seq_len)
+        hidden = samples * seq_len * self.sizes.width * self.sizes.computed
+        on_device = not self.sizes.cuda or hidden < DEVICE_SHARE * self._free()
+        in_order = planned.step.schedule == "group"
+        waiting = 0
+        if in_order and planned.step.method.scope == "linear":
+            widest = max(self.sizes.largest.inputs())
+            waiting = samples * seq_len * waiting_bytes(self.sizes.width, widest, self.sizes.computed)
+            waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
+        moments = memory.walk_moments(
+            self.sizes, planned.step.method.name, kind,
+            samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
+        )  # fmt: skip
+        host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden)
+        block, tokens = self.sizes.largest, samples * seq_len
+        solving = sum(self.bench.method_seconds(planned, block).values())
+        passes = 0.0
+        if kind is not None and tokens:
+            rounds = len(block.groups) * (not waiting) if in_order else 1  # who waits is run once
+            updates = sum(self.bench.statistic_seconds(kind, inputs) for inputs in block.inputs())
+            passes = tokens * (self.forward_seconds(seq_len) * (1 + rounds) + updates)
+        return *self._split(memory.peak(moments), host), self._blocks() * (solving + passes)
+
+    def _train(self, planned: PlannedStep, head: float) -> tuple[memory.Moment, memory.Moment, float]:
+        """Memory and time of a training step."""
+        data, given = self.recipe.data.train, planned.arguments
+        seq_len = data.seq_len if data else 1
+        if not {"tokens", "batch", "states", "masters", "checkpointing"} <= given.keys():
+            self.notes.append(f"{planned.title}: sparsekit knows no memory or time of this method")
+            nothing = memory.Moment("unknown", [])
+            return *self._split(nothing, nothing), 0.0
+        micro = given["micro_batch"] or memory.train_micro_batch(self.sizes, given["batch"], seq_len)
+        moments = memory.training_moments(self.sizes, given, seq_len, micro)
+        host = memory.host_of_training(self.sizes, self.process)
+        both = self.bench.forward_seconds(seq_len, backward=True)
+        again = self.forward_seconds(seq_len) * (2 if given["checkpointing"] else 1)  # the teacher, and recomputation
+        if given["tokens"] is None:
+            return *self._split(memory.peak(moments), host), 60.0 * given["budget"].minutes
+        steps = given["tokens"] / (given["batch"] * seq_len)
+        rate = self.bench.bytes_per_second()
+        losses = self.sizes.vocabulary * LOSS_TRAFFIC[self.view.device.type] / rate
+        a_token = self._blocks() * (both + again) + FORWARDS_OF_HEAD * head + losses
+        seconds = given["tokens"] * a_token + steps * self.sizes.numel * STEP_TRAFFIC[self.view.device.type] / rate
+        if self.sizes.cuda:
+            self.notes.append(f"{planned.title}: timed without torch.compile, which takes a minute and then saves time")
+        return *self._split(memory.peak(moments), host), seconds
+
+    def _blocks(self) -> float:
+        """How many blocks as large as the largest the model amounts to."""
+        return sum(block.numel for block in self.sizes.blocks) / self.sizes.largest.numel
+
+    def _split(self, device: memory.Moment, host: memory.Moment) -> tuple[memory.Moment, memory.Moment]:
+        """On a CPU the device's memory is the process's own."""
+        if self.sizes.cuda:
+            return device, host
+        process = memory.Part("Python and its libraries", "measured now", self.process)
+        both = memory.Moment(device.name, [process, *device.parts])
+        return both, both
+
+    def _scoring(self, head: float) -> dict[str, Any] | None:
+        """One model on all texts."""
+        wanted = self.recipe.evaluate
+        if not wanted.perplexity:
+            return None
+        entries = {name: self.recipe.data.evaluation[name] for name in wanted.perplexity}
+        moments = [
+            moment
+            for name, entry in entries.items()
+            for moment in memory.scoring_moments(
+                self.sizes, self._windows(entry), entry.seq_len, agreement=name in wanted.agreeing
+            )
+        ]
+        device, host = self._split(memory.peak(moments), memory.host_of_walk(self.sizes, self.process, hidden=0))
+        seconds = 0.0
+        for name, entry in entries.items():
+            models = 2 if name in wanted.agreeing else 1
+            a_token = self._blocks() * self.forward_seconds(entry.seq_len) + head
+            seconds += self._windows(entry) * entry.seq_len * a_token * models
+        if wanted.lm_eval.tasks:
+            self.notes.append("the zero-shot tasks are not in the predicted time")
+        return {"title": "scoring", "device": device.as_dict(), "host": host.as_dict(), "disk": 0, "seconds": seconds}
+
+    def _windows(self, entry: TextEntry) -> int:
+        """Windows of a text, guessed from the size of its files where the recipe does not say."""
+        if entry.samples is not None:
+            return entry.samples
+        if any(path.startswith("hub:") for path in entry.paths):
+            self.notes.append("the length of hub texts is not known before they are fetched; they count as nothing")
+            return 0
+        files = [locate_text(path, self.recipe.resolve) for path in entry.paths]
+        size = sum(file.stat().st_size * (UNPACKED if file.suffix == ".xz" else 1) for file in files)
+        return max(1, int(size / BYTES_A_TOKEN / entry.seq_len))
+
+    def _block_bytes(self, planned: PlannedStep, index: int) -> int:
+        """File of one block after a step: codes of a byte, or values as stored, and masks of a bit."""
+        total = self.sizes.blocks[index].other * self.sizes.stored
+        for name, (out, into) in self.sizes.blocks[index].linears.items():
+            upto = [p for p in self.plan.steps[: planned.index + 1] if name in p.selected]
+            quantized = any(p.step.method.kind == "quantize" for p in upto)
+            masked = any(p.step.method.kind != "quantize" for p in upto)
+            total += out * into * (1 if quantized else self.sizes.stored) + (out * into // 8 if masked else 0)
+        return total
+
+    def _checkpoint_bytes(self, planned: PlannedStep) -> int:
+        """The last checkpoint of a training run, and the one being written."""
+        return 2 * self.sizes.numel * (14 if planned.arguments.get("states") == "float32" else 8)
+
+    def _export_bytes(self, name: str) -> int:
+        """Weight files of an export."""
+        quantized = {layer for p in self.plan.steps if p.step.method.kind == "quantize" for layer in p.selected}
+        bits = next((p.arguments["bits"] for p in self.plan.steps if "bits" in p.arguments), 16)
+        if FORMATS[name].storage is None:
+            return self.sizes.numel * self.sizes.stored
+        packed = sum(
+            out * into
+            for block in self.sizes.blocks
+            for layer, (out, into) in block.linears.items()
+            if layer in quantized
+        )
+        return (self.sizes.numel - packed) * self.sizes.stored + packed * bits // 8
+
+    def _free(self) -> int:
+        return int(torch.cuda.mem_get_info(self.view.device)[0]) if self.sizes.cuda else 0
+
+    def _warnings(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """What does not fit."""
+        if self.sizes.cuda:
+            free = self._free()
+            for part in parts:
+                needed = part["device"]["bytes"]
+                if needed > free:
+                    yield f"{part['title']} needs {needed / 1e9:.1f} GB on the device, {free / 1e9:.1f} GB are free"
+
+
+def _deed(planned: PlannedStep) -> str:
+    """`wanda 2:4`, `gptq 4 bits`."""
+    method, given = planned.step.method, planned.arguments
+    what = str(given["pattern"]) if "pattern" in given else f"{given['bits']} bits" if "bits" in given else ""
+    return f"{method.name} {what}".strip()
+
+
+def kinds_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Layers of one kind, shape and fate together, with how many there are."""
+    found: dict[tuple[str, tuple[int, ...], tuple[str, ...]], int] = {}
+    for layer in layers:
+        at = place(layer["name"])
+        key = (at[0] if at else layer["name"], tuple(layer["shape"]), tuple(layer["steps"]))
+        found[key] = found.get(key, 0) + 1
+    return [{"kind": key[0], "shape": key[1], "steps": key[2], "count": count} for key, count in found.items()]

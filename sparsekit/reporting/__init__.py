@@ -1,0 +1,1 @@
+"""Reports: sentences, tables and drawings, and the pages they make. Nothing here prints or measures."""

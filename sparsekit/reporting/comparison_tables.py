@@ -1,0 +1,133 @@
+"""The tables of a comparison; the dense model is the first row of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsekit.reporting.numerals import JOINED, MANIFOLD, change, duration, percent, significant
+from sparsekit.reporting.tables import Cell, Column, Table, Tone, agreement, metrics, numbers, score, size
+
+Record = Mapping[str, Any]
+NONE = Cell("–", "not measured", "quiet")
+UNSURE = 0.05  # a p above it is written quietly
+
+
+def quality_table(comparison: Record, text: str) -> Table:
+    """Perplexity on one text with paired intervals, and agreement with the dense model."""
+    best = comparison["best"][text]
+    columns = [Column("arm"), *numbers("perplexity", "against dense [95 %]", f"against {best} [95 %]")]
+    columns += numbers("KL to dense", "top-1 as dense")
+    rows = [[Cell("dense", tone="strong"), score(comparison["dense"]["perplexity"][text]), *_dense_cells()]]
+    for arm in comparison["arms"]:
+        found = arm["perplexity"][text]
+        rows.append(
+            [
+                Cell(arm["name"], tone="strong" if arm["name"] == best else ""),
+                score(found),
+                interval(arm["against_dense"][text]),
+                Cell("best", tone="good") if arm["name"] == best else interval(arm["against_best"][text]),
+                *agreement(found.get("agreement")),
+            ]
+        )
+    return Table(f"Quality on {text}", columns, rows)
+
+
+def _dense_cells() -> list[Cell]:
+    return [Cell("–", tone="quiet"), Cell("–", tone="quiet"), Cell("0", tone="quiet"), Cell(percent(1.0), tone="quiet")]
+
+
+def interval(found: Record | None) -> Cell:
+    """`+5.2 % [+4.8, +5.6]`; quiet when the interval holds 0."""
+    if found is None:
+        return NONE
+    if found["low"] is None:
+        return Cell(change(found["value"]), "the windows cannot be paired")
+    low, high = (_bare(found[key]) for key in ("low", "high"))
+    sure = "" if found["certain"] else ", which holds 0"
+    title = f"{found['value']:+.6f} from {found['low']:+.6f} to {found['high']:+.6f}{sure}; {found['windows']} windows"
+    return Cell(f"{change(found['value'])} [{low}, {high}]", title, "" if found["certain"] else "quiet")
+
+
+def _bare(value: float) -> str:
+    """An end of an interval, without the unit its middle has."""
+    text = change(value)
+    return text.removeprefix(f"×{JOINED}") if value >= MANIFOLD else text.removesuffix(f"{JOINED}%")
+
+
+def cost_table(comparison: Record) -> Table:
+    """Bytes, pattern, time and memory."""
+    columns = [Column("arm"), Column("smallest export")]
+    columns += numbers("bytes", "× smaller", "bits per weight", "zeros", "broken groups", "time", "peak memory")
+    dense = comparison["dense"]["bytes"]
+    about = comparison["environment"]["dtype"]
+    none = Cell("–", tone="quiet")
+    head = [Cell("dense", tone="strong"), Cell(f"as stored, {about}"), size(dense), Cell("1.00"), none, Cell("0 %")]
+    rows = [[*head, none, none, none], *(_cost_row(arm, dense) for arm in comparison["arms"])]
+    return Table("Size and cost", columns, rows)
+
+
+def _cost_row(arm: Record, dense: float) -> list[Cell]:
+    held, bits = arm["bytes"], arm["bits_per_weight"]
+    tone: Tone = "bad" if arm["violations"] else "good"
+    counted = Cell(f"{arm['violations']:,} of {arm['groups']:,}", tone=tone)
+    return [
+        Cell(arm["name"]),
+        Cell(arm["format"] or "none"),
+        NONE if held is None else size(held, "of weight files"),
+        NONE if held is None else Cell(f"{dense / held:.2f}", str(dense / held)),
+        Cell("–", tone="quiet") if bits is None else Cell(f"{bits:.2f}", "scales and zero-points counted"),
+        Cell(percent(arm["sparsity"]), f"pattern {arm['pattern']}"),
+        counted if arm["groups"] else Cell("–", tone="quiet"),
+        Cell(duration(arm["seconds"]), f"{arm['seconds']:.3f} s for all its steps"),
+        size(arm["peak_memory"], arm["peak_memory_of"]),
+    ]
+
+
+def tasks_table(comparison: Record) -> Table | None:
+    """One metric of each task: accuracy with its standard error, and the p of the paired test against dense."""
+    dense = comparison["dense"]["tasks"]
+    chosen = main_metrics(dense)
+    if not chosen:
+        return None
+    names = [task if metric == "acc" else f"{task} ({metric})" for task, metric in chosen]
+    rows = [[Cell("dense", tone="strong"), *_task_cells(chosen, dense, {})]]
+    rows += [[Cell(arm["name"]), *_task_cells(chosen, arm["tasks"], arm["task_tests"])] for arm in comparison["arms"]]
+    return Table("Zero-shot tasks", [Column("arm"), *numbers(*names)], rows)
+
+
+def main_metrics(scores: Record) -> list[tuple[str, str]]:
+    """For each task the metric to show: `acc_norm` of tasks that have it, else the first; parts of groups left out."""
+    parts = {
+        name
+        for found in scores.values()
+        if isinstance(found, Mapping)
+        for name in (found.get("documents") or {}).get("tasks", ())
+        if len((found.get("documents") or {}).get("tasks", ())) > 1
+    }
+    by_task: dict[str, list[str]] = {}
+    for (task, metric), _ in metrics(scores):
+        if task not in parts:
+            by_task.setdefault(task, []).append(metric)
+    return [(task, "acc_norm" if "acc_norm" in names else names[0]) for task, names in by_task.items()]
+
+
+def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record) -> list[Cell]:
+    held = dict(metrics(scores))
+    cells = []
+    for task, metric in chosen:
+        value = held.get((task, metric))
+        if value is None:
+            cells.append(NONE)
+            continue
+        level, spread = value
+        text = f"{level:.3f}" if spread is None else f"{level:.3f} ± {spread:.3f}"
+        test = tests.get(task, {}).get(metric)
+        title = str(level)
+        tone: Tone = ""
+        if test is not None:
+            text += f"; p {significant(test['p'], 2)}"
+            title += f"; {test['lost']} documents lost, {test['won']} won, exact two-sided p {test['p']}"
+            tone = "quiet" if test["p"] > UNSURE else ""
+        cells.append(Cell(text, title, tone))
+    return cells

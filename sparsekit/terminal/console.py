@@ -1,0 +1,214 @@
+"""What the terminal shows of a run: a short plan, one bar for each step, one line of result, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sparsekit.models.view import ModelView
+from sparsekit.pattern import Pattern
+from sparsekit.planning.plan import Plan
+from sparsekit.recipe import Recipe
+from sparsekit.registry import Method
+from sparsekit.reporting.numerals import duration as duration
+from sparsekit.reporting.numerals import megabytes
+from sparsekit.testing import Outcome
+
+TOLD = {"codes": "codes", "positions": "positions", "scales": "scales", "zeros": "zero-points", "dense": "dense"}
+
+
+class Terminal:
+    """A `sparsekit.run.Listener` that writes to a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
+        """Print the plan."""
+        say = partial(self._console.print, highlight=False, soft_wrap=True)
+        coverage = plan.coverage
+        precision = str(view.dtype).removeprefix("torch.")
+        computed = str(view.compute_dtype).removeprefix("torch.")
+        say(f"[bold]{recipe.name}[/bold]  seed {recipe.seed}  in {recipe.output_directory()}")
+        say(
+            f"  model     {recipe.model.path}: {coverage.total:,} parameters, {len(view.blocks)} blocks, "
+            f"stored {precision}, computed {computed} on {view.device}",
+        )
+        say(
+            f"  coverage  {coverage.compressed:,} compressed, {coverage.ignored:,} ignored by you, "
+            f"{coverage.by_rule:,} dense by rule (embeddings, head, norms, biases), "
+            f"{sum(coverage.unreachable.values()):,} out of reach",
+        )
+        for planned in plan.steps:
+            chosen = {k: v for k, v in planned.step.params.model_dump(mode="json").items() if k in planned.step.given}
+            settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            say(f"  step {planned.index + 1}    {planned.step.method.name}  {settings}")
+        for note in plan.notes:
+            say(f"  note      {note}")
+        formats = ", ".join(recipe.export.formats) or "nothing"
+        say(f"  then      perplexity on {', '.join(recipe.evaluate.perplexity) or 'no text'}; export {formats}\n")
+
+    def started(self, title: str) -> None:
+        """Show a bar."""
+        self._stop()
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("  {task.description}"),
+                TextColumn("{task.fields[remark]}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=None, remark="")
+
+    def progress(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def noted(self, text: str) -> None:
+        """Show it beside the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, remark=text)
+
+    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
+        """Print one line of result."""
+        self._stop()
+        self._console.print(step_line(summary, cached=cached), highlight=False, soft_wrap=True)
+
+    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Print the closing table and the paths."""
+        self._stop()
+        self._console.print()
+        self._console.print(closing_table(report))
+        for line in (report.get("deploy") or {}).get("notes", ()):
+            self._console.print(f"  {line}", highlight=False)
+        for export in report["exports"]:
+            for line in export_lines(export):
+                self._console.print(f"  {line}", highlight=False, soft_wrap=True)
+        for name, path in files.items():
+            self._console.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
+    """`✓ 1 ast  2:4  sparsity 0.500  0 of 589,824 groups broken  heldout 41.2 -> 43.0  38 s`."""
+    parts = [f"[green]✓[/green] {summary['index'] + 1} {summary['method']:<9}"]
+    parts.append(f"sparsity {summary['sparsity']:.3f}")
+    if summary["bits"]:
+        parts.append(f"int{'/'.join(map(str, summary['bits']))}")
+    if summary["groups"]:
+        parts.append(f"{summary['pattern']}: {summary['violations']} of {summary['groups']:,} groups broken")
+    for name, score in summary["perplexity"].items():
+        parts.append(f"{name} {summary['before'][name]['perplexity']:.2f} -> {score['perplexity']:.2f}")
+        if agreed := score.get("agreement"):
+            parts.append(f"KL {agreed['kl']:.3g}, top-1 {agreed['top1']:.1%} as dense")
+    parts.append("done before" if cached else duration(summary["seconds"]))
+    if used := summary.get("numerics"):
+        parts.append("numerics: " + ", ".join(f"{rung} {count}" for rung, count in used.items()))
+    if summary["notes"]:
+        parts.append(f"{len(summary['notes'])} notes in the report")
+    return "  ".join(parts)
+
+
+def export_lines(export: Mapping[str, Any]) -> Iterator[str]:
+    """What an export takes, and who reads it and who does not, by name."""
+    held = export["bytes"]
+    parts = [f"{megabytes(held[key])} {label}" for key, label in TOLD.items() if held.get(key)]
+    ratios = f"{export['ratio_fp32']:.2f} × smaller than FP32, {export['ratio_fp16']:.2f} × than FP16"
+    yield f"{export['format']}: {megabytes(held['files'])} ({', '.join(parts)}), {ratios}"
+    for verdict in dict.fromkeys(note["verdict"] for note in export["engines"]):
+        engines = [note["engine"] for note in export["engines"] if note["verdict"] == verdict]
+        yield f"  {verdict + ':':<12} {'; '.join(engines)}"
+
+
+def closing_table(report: Mapping[str, Any]) -> Table:
+    """Perplexity of the dense and the compressed model, and what was written."""
+    table = Table(box=None, padding=(0, 2), title=None)
+    table.add_column("")
+    for name in report["dense"]:
+        table.add_column(f"perplexity {name}", justify="right")
+    table.add_column("sparsity", justify="right")
+    table.add_column("bits", justify="right")
+    table.add_column("broken groups", justify="right")
+    dense = [f"{score['perplexity']:.3f}" for score in report["dense"].values()]
+    table.add_row("dense", *dense, "0.000", "", "")
+    for summary in report["steps"]:
+        scores = [f"{score['perplexity']:.3f}" for score in summary["perplexity"].values()]
+        bits = "/".join(map(str, summary["bits"]))
+        broken = str(summary["violations"]) if summary["groups"] else ""
+        table.add_row(summary["method"], *scores, f"{summary['sparsity']:.3f}", bits, broken)
+    return table
+
+
+def methods_table(methods: Iterable[Method]) -> Table:
+    """Every method in a line."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("method", "kind", "needs", "what it does"):
+        table.add_column(title)
+    for method in methods:
+        needs = "training text" if method.scope == "model" else ""
+        table.add_row(method.name, method.kind, needs or ("calibration text" if method.stats else ""), method.summary)
+    return table
+
+
+def method_page(method: Method) -> Group:
+    """One method: what it does, its parameters with types and defaults, where it comes from."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("parameter", "type", "default", ""):
+        table.add_column(title)
+    for name, info in method.parameters.model_fields.items():
+        default = "required" if info.is_required() else str(info.default)
+        table.add_row(name, type_name(info.annotation), default, info.description or "")
+    works = {"linear": "one linear at a time", "group": "one group of linears at a time", "model": "the whole model"}
+    scope = works.get(method.scope, "all layers of a step")
+    head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on {scope}\n")
+    return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
+
+
+def outcomes_table(outcomes: Iterable[Outcome]) -> Table:
+    """What the contract suite found, a property in a line."""
+    marks = {"ok": "[green]ok[/green]", "failed": "[red]failed[/red]"}
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    apart: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.status == "does not apply":
+            apart.setdefault(outcome.message, []).append(outcome.name)
+        else:
+            table.add_row(outcome.name, marks[outcome.status], Text(outcome.message))
+    for reason, names in apart.items():
+        table.add_row("", "-", Text(f"not tried, since {reason}: {', '.join(names)}"))
+    return table
+
+
+def type_name(annotation: Any) -> str:
+    """`int`, `natural | descending`, `N:M`, `int | None`."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_name, get_args(annotation)))
+    if annotation is Pattern:
+        return "N:M"
+    if annotation is NoneType:
+        return "None"
+    return str(annotation.__name__) if isinstance(annotation, type) else str(annotation)

@@ -1,0 +1,72 @@
+"""What the terminal shows of a plan's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsekit.planning.estimate import Estimator, kinds_of
+from sparsekit.recipe import Recipe
+from sparsekit.reporting.numerals import duration, megabytes
+from sparsekit.terminal.console import Terminal
+
+
+def print_plan(console: Console, recipe: Recipe) -> None:
+    """The plan of a run, then the prediction, which takes some seconds to measure."""
+    estimator = Estimator.open(recipe)
+    Terminal(console).planned(recipe, estimator.plan, estimator.view)
+    print_estimate(console, estimator.all())
+
+
+def print_estimate(console: Console, found: Mapping[str, Any]) -> None:
+    """What will be done to each kind of layer, and what each step takes."""
+    console.print(layers_table(found))
+    console.print(steps_table(found))
+    for part in [*found["steps"], *([found["scoring"]] if found["scoring"] else [])]:
+        device = part["device"]
+        if device["parts"]:
+            console.print(f"[bold]{part['title']}[/bold] is largest while {device['moment']}:", highlight=False)
+        for piece in device["parts"]:
+            if piece["bytes"]:
+                line = f"{megabytes(piece['bytes']):>14}  {piece['name']}: {piece['formula']}"
+                console.print(f"    {line}", highlight=False)
+    share = found["coverage"]["share"]
+    console.print(f"coverage {share:.1%} of the matrices inside the blocks", highlight=False)
+    for name, numel in found["coverage"]["unreachable"].items():
+        console.print(f"out of reach: {name}, {numel:,} parameters", highlight=False)
+    for note in dict.fromkeys(found["notes"]):
+        console.print(f"note: {note}", highlight=False)
+
+
+def layers_table(found: Mapping[str, Any]) -> Table:
+    """Every kind of linear and its fate."""
+    table = Table(title="Layers", box=None, padding=(0, 2), title_justify="left")
+    for title in ("layer", "number", "shape", "what happens"):
+        table.add_column(title, justify="right" if title == "number" else "left")
+    for kind in kinds_of(found["layers"]):
+        shape = " × ".join(map(str, kind["shape"]))
+        table.add_row(kind["kind"], str(kind["count"]), shape, ", then ".join(kind["steps"]) or "left as it is")
+    return table
+
+
+def steps_table(found: Mapping[str, Any]) -> Table:
+    """Memory, disk and time."""
+    table = Table(title="Predicted", box=None, padding=(0, 2), title_justify="left")
+    table.add_column("")
+    titles = ["peak device", "peak host"] if found["device"] != "cpu" else ["peak memory"]
+    for title in (*titles, "disk", "time"):
+        table.add_column(title, justify="right")
+    parts = [*found["steps"], *([found["scoring"]] if found["scoring"] else [])]
+    for part in parts:
+        peaks = [part["device"]["bytes"], part["host"]["bytes"]][: len(titles)]
+        disk = megabytes(part["disk"]) if part["disk"] else "–"
+        each = " each time" if part["title"] == "scoring" else ""
+        table.add_row(part["title"], *map(megabytes, peaks), disk, duration(part["seconds"]) + each)
+    for name, size in found["exports"].items():
+        table.add_row(f"export {name}", *["–"] * len(titles), megabytes(size), "")
+    peaks = [found["peak_device"], found["peak_host"]][: len(titles)]
+    table.add_row("in all", *map(megabytes, peaks), megabytes(found["disk"]), duration(found["seconds"]), style="bold")
+    return table

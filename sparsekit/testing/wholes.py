@@ -1,0 +1,72 @@
+"""What methods promise that see more than a layer: trainers, and allocations of sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from sparsekit.allocate import Measured, checked
+from sparsekit.errors import ContractError
+from sparsekit.registry import METHODS
+from sparsekit.state import LinearState
+from sparsekit.testing.contract import Subject, as_the_driver
+from sparsekit.testing.specimens import specimen, trained, training_job
+
+TARGETS = (0.3, 0.5, 0.7)
+
+
+def allocation(subject: Subject) -> None:
+    """Every layer gets a fraction, their mean is the one asked for, and two calls agree."""
+    for target in TARGETS:
+        found = []
+        for _ in range(2):
+            sizes: dict[str, int] = {}
+            try:
+                found.append(subject.method.function(_layers(subject, sizes), target, **subject.arguments))
+            except Exception as error:  # a method may fail in any way; the promise is that it does not
+                raise ContractError(f"it failed: {type(error).__name__}: {error}") from error
+        try:
+            checked(subject.method.name, found[0], sizes, target)
+        except Exception as error:
+            raise ContractError(f"{error}; weight the mean by layer.state.source.numel()") from error
+        if found[0] != found[1]:
+            raise ContractError("two calls give different sparsities")
+
+
+def _layers(subject: Subject, sizes: dict[str, int]) -> Iterator[Measured]:
+    """Three blocks of two layers of different sizes; later ones have more outliers."""
+    given = specimen(METHODS.get("wanda"))
+    (state,) = given.layers.values()
+    for block in range(3):
+        for number, rows in enumerate((16, 8)):
+            weight = state.source[:rows].clone()
+            weight[:, : 4 * (block + 1)] *= 10
+            statistic = None
+            if subject.method.stats is not None:
+                statistic = subject.method.stats.empty(weight.shape[1], weight.device)
+                statistic.update(torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(block)))
+            name = f"blocks.{block}.linear{number}"
+            sizes[name] = weight.numel()
+            yield Measured(LinearState(name, weight), statistic, block, number)
+
+
+def training(subject: Subject) -> None:
+    """A method of scope model returns every linear with its mask, touches nothing else and repeats itself."""
+    sparse: list[Mapping[str, LinearState]] = []
+    for _ in range(2):
+        with training_job() as job:
+            before = {n: p.clone() for n, p in job.teacher.named_parameters()}
+            tokens = job.tokens.clone()
+            result = trained(subject.method, subject.arguments, job)
+            if any(not torch.equal(p, before[n]) for n, p in job.teacher.named_parameters()):
+                raise ContractError("it changed the teacher, which is the dense original")
+            if not torch.equal(tokens, job.tokens):
+                raise ContractError("it changed the training tokens")
+            if set(result.linears) != set(job.linears):
+                raise ContractError("it did not return the state of every linear it was given in job.linears")
+            for name, after in result.linears.items():
+                as_the_driver(subject, job.linears[name], after, subject.pattern)
+            sparse.append(result.linears)
+    if any(not torch.equal(state.weight, sparse[1][name].weight) for name, state in sparse[0].items()):
+        raise ContractError("two runs with the same seed differ; draw from job.seed only")

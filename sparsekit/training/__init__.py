@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizer of sparse weights, the distillation loss, checkpoints, many processes."""

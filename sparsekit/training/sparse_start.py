@@ -1,0 +1,101 @@
+"""What AST starts from and what it leaves: masks, input norms, low-rank branches, the states of the linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.branch import attach, collected, mean_branch
+from sparsekit.errors import MethodError
+from sparsekit.pattern import Pattern
+from sparsekit.state import LinearState
+from sparsekit.stats import InputNorm
+from sparsekit.training.loop import Trained, TrainJob
+from sparsekit.training.optim import SparseAdamW
+
+SCORE_WINDOWS = 64  # windows that measure the input norms of activation-aware scores
+
+
+def first_masks(
+    job: TrainJob, pattern: Pattern, norms: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The mask each sparse parameter starts with, and its dense values.
+
+    An earlier step's mask is taken when it holds the pattern; otherwise the largest scores are kept.
+
+    Returns:
+        bool [out, in] and float32 [out, in] by parameter name.
+    """
+    masks, weights = {}, {}
+    for linear, state in job.linears.items():
+        name = f"{linear}.weight"
+        weights[name] = state.source
+        if state.mask is not None and pattern.violations(state.mask) == 0:
+            masks[name] = state.mask
+        else:
+            score = state.source.abs()
+            masks[name] = pattern.keep(score * norms[name].to(score.device) if name in norms else score)
+    return masks, weights
+
+
+def add_branches(job: TrainJob, masks: Mapping[str, Tensor], length: int, *, trained: bool) -> None:
+    """Give every sparse linear of the student a low-rank branch; one from an earlier step stays as it is.
+
+    Raises:
+        MethodError: The blocks do not divide a layer, or an earlier branch has blocks of another length.
+    """
+    modules = dict(job.student.named_modules())
+    for linear, state in job.linears.items():
+        if state.branch is None:
+            branch = mean_branch(state.source, masks[f"{linear}.weight"], length, trained=trained, name=linear)
+            module = modules[linear]
+            assert isinstance(module, nn.Linear)  # so are all of job.linears
+            attach(module, branch)
+        elif state.branch.length != length:
+            message = f"slorb {length}, and an earlier step left a branch with blocks of {state.branch.length}"
+            raise MethodError(message, layer=linear)
+
+
+def input_norms(job: TrainJob) -> dict[str, Tensor]:
+    """Root mean square of every sparse linear's inputs in the dense model, float32 [in] by parameter name."""
+    found = {name: InputNorm.empty(job.linears[name].source.shape[1], job.device) for name in job.linears}
+    modules = dict(job.teacher.named_modules())
+
+    def feeder(statistic: InputNorm) -> Any:
+        return lambda module, arguments: statistic.update(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+    handles = [modules[name].register_forward_pre_hook(feeder(statistic)) for name, statistic in found.items()]
+    try:
+        with torch.no_grad():
+            for window in job.tokens[:SCORE_WINDOWS]:
+                job.teacher(input_ids=window.long().unsqueeze(0).to(job.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {f"{name}.weight": statistic.norm for name, statistic in found.items()}
+
+
+def result(job: TrainJob, optimizer: SparseAdamW, metrics: Mapping[str, Any]) -> Trained:
+    """Linears with pruned entries at exact zero, and every other parameter; of the first rank only."""
+    linears: dict[str, LinearState] = {}
+    params: dict[str, Tensor] = {}
+    sparse = {f"{name}.weight": name for name in job.linears}
+    for name in optimizer.names:
+        weight = optimizer.weight(name)  # all ranks take part
+        mask = optimizer.mask(name) if name in sparse else None
+        if not job.world.first:
+            continue
+        if mask is not None:
+            linears[sparse[name]] = job.linears[sparse[name]].updated(weight.cpu(), mask.cpu())
+        else:
+            params[name] = weight.cpu()
+    branched = dict(collected(job.student, params))
+    linears = {name: replace(state, branch=branched.get(name)) for name, state in linears.items()}
+    counted = sum(branch.parameters for branch in branched.values())
+    of_linears = sum(state.source.numel() for state in job.linears.values())
+    about = {"branch_parameters": counted, "branch_share": counted / of_linears} if counted else {}
+    return Trained(linears, params, {**metrics, **about})
