@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsekit.training import distill
 from sparsekit.training.distill import (
     IGNORED,
     Objective,
@@ -14,7 +15,6 @@ from sparsekit.training.distill import (
     next_token_targets,
     plain_head,
 )
-from sparsekit.training.driver import distill
 
 
 def case(bias=False, seed=0):

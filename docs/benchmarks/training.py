@@ -43,9 +43,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsekit.kernels import Kernels, loss_kernel
 from sparsekit.methods.ast import AstPolicy
 from sparsekit.pattern import Pattern
+from sparsekit.training import distill
 from sparsekit.training.blocks import blocks_of, compiled, recomputed
 from sparsekit.training.distill import Objective, chunked_loss, loss_reference, slice_loss_reference
-from sparsekit.training.driver import distill
 from sparsekit.training.loop import Fit, TrainJob
 from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
