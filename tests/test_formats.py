@@ -41,14 +41,14 @@ def integers(
 
 
 def setting_of(storage: Storage, weight: QuantizedWeight) -> Setting:
-    layout = storage.layout(weight.symmetric)
+    layout = storage.layouts(weight.symmetric)[-1]
     written = Setting(weight.bits, weight.group_size, weight.symmetric, False, layout)
     return storage.setting(storage.config(written, []))  # as a reader learns it
 
 
 def back(storage: Storage, state: LinearState) -> tuple[dict[str, Tensor], QuantizedWeight]:
-    assert storage.obstacle(state, storage.layout(state.quantized.symmetric)) is None
-    packed = storage.pack(state.quantized, storage.layout(state.quantized.symmetric), state.mask)
+    assert storage.obstacle(state, storage.layouts(state.quantized.symmetric)[-1]) is None
+    packed = storage.pack(state.quantized, storage.layouts(state.quantized.symmetric)[-1], state.mask)
     assert packed.keys() <= storage.parts.keys() and next(iter(storage.parts)) in packed
     assert all(tensor.is_contiguous() for tensor in packed.values())
     return packed, storage.unpack(packed, setting_of(storage, state.quantized))
@@ -64,23 +64,23 @@ def test_every_format_gives_back_every_integer(name, group, symmetric):
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_bits_without_a_layout_are_an_obstacle(name):
-    assert "5 bits have no" in STORAGES[name].obstacle(integers(bits=5), STORAGES[name].layout(True))
+    assert "5 bits have no" in STORAGES[name].obstacle(integers(bits=5), STORAGES[name].layouts(True)[-1])
 
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_scales_of_others_are_never_rounded(name):
     state = integers()
     odd = dataclasses.replace(state.quantized, scale=state.quantized.scale.float() * 1.0001)
-    told = STORAGES[name].obstacle(state.with_quantized(odd), STORAGES[name].layout(True))
+    told = STORAGES[name].obstacle(state.with_quantized(odd), STORAGES[name].layouts(True)[-1])
     assert "float32 values that float16 cannot hold" in told
     same = dataclasses.replace(state.quantized, scale=state.quantized.scale.float())
-    assert STORAGES[name].obstacle(state.with_quantized(same), STORAGES[name].layout(True)) is None
+    assert STORAGES[name].obstacle(state.with_quantized(same), STORAGES[name].layouts(True)[-1]) is None
 
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_an_unknown_version_or_kind_is_named(name):
     storage = STORAGES[name]
-    good = storage.config(Setting(4, 32, True, False, storage.layout(True)), [])
+    good = storage.config(Setting(4, 32, True, False, storage.layouts(True)[-1]), [])
     key = {"gptq": "checkpoint_format", "compressed-tensors": "format"}.get(name, "version")
     with pytest.raises(CheckpointError, match=rf"{key} is '?9"):
         storage.setting({**good, key: "9" if isinstance(good[key], str) else 9})
@@ -130,7 +130,7 @@ def permuted(state: LinearState) -> LinearState:
 @pytest.mark.parametrize("name", STORAGES)
 def test_permuted_groups_are_kept_or_refused(name):
     storage, state = STORAGES[name], permuted(integers(keep=1))
-    told = storage.obstacle(state, storage.layout(True))
+    told = storage.obstacle(state, storage.layouts(True)[-1])
     if name == "awq":
         assert "act-order" in told
     elif told is None:
@@ -239,7 +239,7 @@ def test_from_gptq_to_sparse_24_and_back_is_lossless():
 
 def test_engines_are_told_for_every_format():
     for form in FORMATS.values():
-        layout = "" if form.storage is None else form.storage.layout(True)
+        layout = "" if form.storage is None else form.storage.layouts(True)[-1]
         for complete in (True, False):
             for note in form.engines(Setting(4, 64, True, False, layout, complete)):
                 assert note.sentence.endswith(".") and note.engine

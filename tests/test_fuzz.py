@@ -114,27 +114,32 @@ DTYPES = st.sampled_from([torch.uint8, torch.int32, torch.float16, torch.float32
 
 @st.composite
 def stored(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Tensors of a sparsekit-24 linear as nobody wrote them: of any shape, or of the right one and any bytes."""
+    """Tensors of a 2:4 linear as nobody wrote them: of any shape, or of the right one and any bytes."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    right = {"values": (8, 4), "positions": (8, 2), "scales": (8, 2), "zeros": (8, 1), "group_of": (16,)}
+    right = {"values": (8, 4), "positions": (8, 2), "patterns": (8, 2), "scales": (8, 2), "zeros": (8, 1),
+             "group_of": (16,)}  # fmt: skip
     found = {}
     for name in draw(st.sets(st.sampled_from(list(right)))):
         shape, dtype = right[name], {"scales": torch.float16, "group_of": torch.int32}.get(name, torch.uint8)
         if draw(st.integers(0, 3)) == 0:
             shape, dtype = tuple(draw(SHAPES)), draw(DTYPES)
         found[name] = torch.randint(0, 256, shape, generator=generator).to(dtype)
-        if name == "positions" and draw(st.booleans()):
-            found[name] = torch.full(shape, 0x44).to(dtype)
+        if name in ("positions", "patterns") and draw(st.booleans()):
+            found[name] = torch.full(shape, {"positions": 0x44, "patterns": 5}[name]).to(dtype)
     return found
 
 
 @settings(FEW, max_examples=150)
-@given(stored(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans())
-def test_integers_of_any_bytes(found, group_size, symmetric, order):
-    storage = FORMATS["sparsekit-24"].storage
+@given(
+    stored(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans(),
+    st.sampled_from([("", "v1", 4), ("-compact", "integer", 4), ("-compact", "odd", 5), ("-compact", "integer", 2)]),
+)  # fmt: skip
+def test_integers_of_any_bytes(found, group_size, symmetric, order, form):
+    name, layout, bits = form
+    storage = FORMATS[f"sparsekit-24{name}"].storage
     assert storage is not None
     try:
-        weight = storage.unpack(found, Setting(4, group_size, symmetric, order, "v1"))
+        weight = storage.unpack(found, Setting(bits, group_size, symmetric, order, layout))
         kept = storage.mask(found)
     except SparsekitError:
         return
@@ -145,7 +150,7 @@ def test_integers_of_any_bytes(found, group_size, symmetric, order):
 
 
 @FEW
-@given(st.dictionaries(st.sampled_from(["quant_method", "version", "pattern", "bits", "group_size", "sym"]), PLAIN))
+@given(st.dictionaries(st.sampled_from(["quant_method", "version", "pattern", "bits", "group_size", "levels"]), PLAIN))
 def test_quantization_settings_of_any_structure(about):
     for storage in (entry.storage for entry in FORMATS.values() if entry.storage is not None):
         try:

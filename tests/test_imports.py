@@ -22,6 +22,7 @@ from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.terminal.console import export_lines
 
+OURS = {"sparsekit-24", "sparsekit-24-compact"}  # they hold positions, and so the mask
 INTEGERS = [name for name, form in FORMATS.items() if form.storage is not None]
 TOKENS = torch.arange(48).remainder(96).reshape(2, 24)
 RECIPE = """\
@@ -115,13 +116,25 @@ def test_bytes_add_up_in_every_format(exports):
     ours = by_name["sparsekit-24"]["bytes"]
     assert (ours["codes"], ours["positions"], ours["scales"]) == (weights // 4, weights // 8, weights // 16)
     assert by_name["sparsekit-24"]["bits_per_weight"] == 3.5  # 3 and a float16 scale for every 32
-    assert {name for name, export in by_name.items() if export["bytes"]["positions"]} == {"sparsekit-24"}
+    assert {name for name, export in by_name.items() if export["bytes"]["positions"]} == OURS
+    compact = by_name["sparsekit-24-compact"]
+    thirds = sum(
+        2 * out * -(-inputs // 12) for out, inputs in [(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64)] * 2 + [(64, 128)]
+    )
+    assert (compact["bytes"]["codes"], compact["bytes"]["positions"]) == (weights // 4, thirds)
+    for name, export in by_name.items():
+        held, alone = export["bytes"], export["linears"]
+        packed = sum(held[part] for part in ("codes", "positions", "scales", "zeros", "groups"))
+        dense = weights * 4 if name == "dense" else 0
+        assert (alone["weights"], alone["bytes"]) == (weights, packed + dense + held["masks"] + held["headers"])
+        assert alone["ratio_fp32"] == 4 * weights / alone["bytes"] == 2 * alone["ratio_fp16"]
+        assert bool(held["masks"]) is (name not in OURS)
 
 
 def test_masks_lie_beside_every_format_that_does_not_tell_them(exports):
     for name in FORMATS:
         masks = exports[0] / name / "sparsekit" / "masks.safetensors"
-        assert masks.is_file() is (name != "sparsekit-24")
+        assert masks.is_file() is (name not in OURS)
         assert "sparsity_config" not in (exports[0] / name / "config.json").read_text()
 
 
@@ -222,10 +235,11 @@ def test_configurations_that_are_not_understood_are_named(copied):
         ModelView.open(directory)
 
 
-def test_transformers_refuses_sparsekit_24(exports):
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_transformers_refuses_what_is_ours_alone(exports, name):
     """It only warns about a quant_method it does not know; what stops it is that it finds no weights."""
     with pytest.raises(OSError, match="no file named"):
-        AutoModelForCausalLM.from_pretrained(exports[0] / "sparsekit-24")
+        AutoModelForCausalLM.from_pretrained(exports[0] / name)
 
 
 def test_compressed_tensors_reads_our_export(exports):
@@ -246,7 +260,8 @@ def test_weight_files_can_be_read_by_whoever_may_read_the_configuration(exports)
 
 def test_the_terminal_says_who_reads_an_export(exports):
     by_name = {export["format"]: list(export_lines(export)) for export in exports[1]["exports"]}
-    first, *verdicts = by_name["gptq"]
+    first, alone, *verdicts = by_name["gptq"]
+    assert "linears of the blocks alone" in alone and "smaller than FP32" in alone
     assert "codes" in first and "scales" in first and "smaller than FP32" in first
     assert any(line.strip().startswith("loads:") and "vLLM" in line for line in verdicts)
     assert any(line.strip().startswith("refuses:") and "vLLM" in line for line in by_name["sparsekit-24"])

@@ -122,27 +122,32 @@ def proved(config: hf.PreTrainedConfig, steps: list[tuple[str, dict[str, Any]]],
 
 
 def reloaded(view, chain, patterns, tokens, expected, work: Path, quantized: bool) -> None:
-    """Export and reload: the dense directory with transformers, sparsekit-24 with sparsekit where it fits."""
+    """Export and reload: the dense directory with transformers, the 2:4 formats with sparsekit where they fit."""
     export_as(FORMATS["dense"], view, chain.block, work / "dense", patterns=patterns)
     plain = AutoModelForCausalLM.from_pretrained(work / "dense", dtype=torch.float32).eval()
     with torch.inference_mode():
         found = plain(input_ids=tokens, use_cache=False).logits
     largest = float(expected.abs().max())
     assert float((found - expected).abs().max()) <= 1e-5 * largest
-    if quantized:
-        refused = ""
-        try:
-            export_as(FORMATS["sparsekit-24"], view, chain.block, work / "packed", patterns=patterns)
-        except SparsekitError as error:
-            refused = str(error)
-        if refused:  # other bits, other patterns: said before anything is written
-            assert "no sparsekit-24 export" in refused
-            assert not (work / "packed").exists()
-            return
-        again = ModelView.open(work / "packed", dtype="float32", device="cpu")
-        with Chain(again).forward() as forward:
-            assert torch.equal(forward(tokens), expected)
-        TRIED["sparsekit-24"] += 1
+    for name in ("sparsekit-24", "sparsekit-24-compact") if quantized else ():
+        repacked(name, view, chain, patterns, tokens, expected, work / name)
+
+
+def repacked(name, view, chain, patterns, tokens, expected, directory: Path) -> None:
+    """Export in a format of ours and open it again, or be told why not before anything is written."""
+    refused = ""
+    try:
+        export_as(FORMATS[name], view, chain.block, directory, patterns=patterns)
+    except SparsekitError as error:
+        refused = str(error)
+    if refused:  # other bits, other patterns
+        assert f"no {name} export" in refused
+        assert not directory.exists()
+        return
+    again = ModelView.open(directory, dtype="float32", device="cpu")
+    with Chain(again).forward() as forward:
+        assert torch.equal(forward(tokens), expected)
+    TRIED[name] += 1
 
 
 def once(config: hf.PreTrainedConfig, steps: list[tuple[str, dict[str, Any]]], seed: int) -> None:
@@ -167,11 +172,13 @@ def test_random_chains_keep_every_promise(config, steps, seed):
 
 
 @pytest.mark.parametrize(
-    ("pruner", "quantizer"), [("sparsegpt", "gptq"), ("sparsegpt", "awq"), ("wanda", "gptq"), ("wanda", "rtn")]
+    ("pruner", "quantizer", "bits"),
+    [("sparsegpt", "gptq", 4), ("sparsegpt", "awq", 4), ("wanda", "gptq", 3), ("wanda", "rtn", 2)],
 )
-def test_chains_of_2_4_and_4_bits_come_back_from_sparsekit_24(pruner, quantizer):
-    before = TRIED["sparsekit-24"]
+def test_chains_of_2_4_and_few_bits_come_back_from_the_formats_of_ours(pruner, quantizer, bits):
+    before = Counter(TRIED)
     config = hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                             num_attention_heads=2, max_position_embeddings=32, **TOKENS)  # fmt: skip
-    once(config, [(pruner, {"pattern": "2:4"}), (quantizer, {"bits": 4, "group_size": 16})], 0)
-    assert TRIED["sparsekit-24"] == before + 1
+    once(config, [(pruner, {"pattern": "2:4"}), (quantizer, {"bits": bits, "group_size": 16})], 0)
+    assert TRIED["sparsekit-24"] == before["sparsekit-24"] + (bits == 4)
+    assert TRIED["sparsekit-24-compact"] == before["sparsekit-24-compact"] + 1

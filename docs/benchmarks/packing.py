@@ -47,7 +47,7 @@ def timed(work, device: str) -> float:
 def measure(name: str, block: list, blocks: int, device: str) -> dict:
     """One format."""
     storage = FORMATS[name].storage
-    layout = storage.layout(True)
+    layout = storage.layouts(True)[-1]
     resident = [(weight.to(device), mask.to(device)) for weight, mask in block]
 
     def packing() -> None:

@@ -7,11 +7,11 @@ file knows its name.
 from __future__ import annotations
 
 from sparsekit.errors import CheckpointError, nearest
-from sparsekit.formats import awq, compressed_tensors, dense, gptq, sparsekit24
+from sparsekit.formats import awq, compact24, compressed_tensors, dense, gptq, sparsekit24
 from sparsekit.formats.base import Format, Storage
 
 FORMATS: dict[str, Format] = {
-    module.FORMAT.name: module.FORMAT for module in (dense, gptq, awq, compressed_tensors, sparsekit24)
+    module.FORMAT.name: module.FORMAT for module in (dense, gptq, awq, compressed_tensors, sparsekit24, compact24)
 }
 
 

@@ -38,9 +38,9 @@ class Awq:
     parts: Mapping[str, str] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales"}
     checksums = False
 
-    def layout(self, symmetric: bool) -> str:
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
         """The only one written."""
-        return "gemm"
+        return ("gemm",)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Other bits than 4, permuted groups, shapes that do not fill words."""

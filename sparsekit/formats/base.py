@@ -57,8 +57,8 @@ class Storage(Protocol):
     parts: Mapping[str, str]
     checksums: bool
 
-    def layout(self, symmetric: bool) -> str:
-        """The layout for a grid."""
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
+        """The layouts for a grid, the smallest first; the last one holds most."""
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Why a linear has no such layout, in words, or None when it has one."""
@@ -120,29 +120,32 @@ def find_setting(storage: Storage, blocks: Iterable[tuple[BlockState, set[str]]]
     Args:
         storage: Of the format.
         blocks: Each block with the names of its Hugging Face tensors.
-        layout: One of the format's layouts; "auto" lets the format choose.
+        layout: One of the format's layouts; "auto" takes the first that every linear has.
     Raises:
         CheckpointError: Linears are quantized differently, one has no such layout, or none is quantized.
     """
     grids: dict[tuple[int, bool], list[str]] = {}
     sizes: dict[int, list[str]] = {}
-    problems: dict[str, str] = {}
+    problems: dict[str, dict[str, str]] = {}  # of each layout, by linear
     whole_rows, act_order, complete = True, False, True
     for block, names in blocks:
         for state, weight in _quantized(block.linears.values()):
+            fused = None
             if f"{state.name}.weight" not in names:
-                why = f"the model stores it inside a fused tensor, for which {storage.title} has no layout"
-                problems[state.name] = why
+                fused = f"the model stores it inside a fused tensor, for which {storage.title} has no layout"
             grids.setdefault((weight.bits, weight.symmetric), []).append(state.name)
             sizes.setdefault(weight.group_size, []).append(state.name)
             whole_rows &= weight.scale.shape[1] == 1
             act_order |= permuted(weight)
-            if reason := storage.obstacle(state, storage.layout(weight.symmetric) if layout == "auto" else layout):
-                problems.setdefault(state.name, reason)
+            for option in storage.layouts(weight.symmetric) if layout == "auto" else (layout,):
+                if reason := fused or storage.obstacle(state, option):
+                    problems.setdefault(option, {})[state.name] = reason
         complete &= all(state.quantized is not None for state in block.linears.values())
-    _check(storage.title, grids, {} if whole_rows else sizes, problems)
+    options = [option for _, symmetric in grids for option in storage.layouts(symmetric)]
+    options = options if layout == "auto" else [layout]
+    chosen = next((option for option in options if option not in problems), options[-1]) if grids else layout
+    _check(storage.title, grids, {} if whole_rows else sizes, problems.get(chosen, {}))
     (bits, symmetric), group_size = next(iter(grids)), -1 if whole_rows else next(iter(sizes))
-    chosen = storage.layout(symmetric) if layout == "auto" else layout
     return Setting(bits, group_size, symmetric, act_order, chosen, complete)
 
 

@@ -47,9 +47,9 @@ class PackQuantized:
     }
     checksums = False
 
-    def layout(self, symmetric: bool) -> str:
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
         """The only one written."""
-        return "pack-quantized"
+        return ("pack-quantized",)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Bits that no engine reads."""

@@ -39,9 +39,9 @@ class Gptq:
     parts: Mapping[str, str] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales", "g_idx": "groups"}
     checksums = False
 
-    def layout(self, symmetric: bool) -> str:
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
         """Version 1, which every reader takes, where it is safe: with symmetric grids."""
-        return "gptq" if symmetric else "gptq_v2"
+        return ("gptq",) if symmetric else ("gptq_v2",)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Bits without a layout, shapes that do not fill words, a zero-point version 1 cannot hold."""

@@ -19,15 +19,15 @@ found files under the usual names. They are read only when they match the digest
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats.base import Format, Setting, inexact_scale, permuted
-from sparsekit.formats.reading import assembled, check_shape, groups_of, one_of, tensor, whole
+from sparsekit.formats.base import Format, Setting, inexact_scale
+from sparsekit.formats.fours import crowded, grid_tensors, mask_of, places_of, quads, read_grid, spread
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
@@ -50,65 +50,40 @@ class Sparse24:
     }
     checksums = True
 
-    def layout(self, symmetric: bool) -> str:
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
         """The version."""
-        return f"v{VERSION}"
+        return (f"v{VERSION}",)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Other bits than 4, rows of a length that leaves a byte half full, more than two weights in a group."""
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
         if weight.bits != 4:
-            return f"{weight.bits} bits have no sparsekit-24 layout, only 4 bits have"
+            return f"{weight.bits} bits have no sparsekit-24 layout, only 4 bits have; sparsekit-24-compact has others"
         if weight.codes.shape[1] % 8:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of 8; add it to the quantizer's ignore"
-        used = _used(weight)
-        crowded = int(((used + (used >> 8) + (used >> 16) + (used >> 24) & 7) > 2).sum())
-        if crowded:
-            return f"{crowded} groups of 4 hold more than two weights; prune it to 2:4, or let the quantizer ignore it"
-        return inexact_scale(weight)
+        return crowded(weight) or inexact_scale(weight)
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Two to five tensors; a mask decides which zeros of a group are stored as its weights."""
-        rank = _used(weight) << 1
-        if mask is not None:
-            rank |= _quads(mask.to(torch.uint8))
-        places, quads = _two_best(rank), _quads(weight.codes)  # [out, in/4] both
+        places, codes = places_of(weight, mask), quads(weight.codes)  # [out, in/4] both
         first, second = (places & 3) << 3, places >> 2 << 3  # in bits
-        tensors = {
-            "values": (quads >> first & 15 | (quads >> second & 15) << 4).to(torch.uint8),
+        return {
+            "values": (codes >> first & 15 | (codes >> second & 15) << 4).to(torch.uint8),
             "positions": (places[:, 0::2] | places[:, 1::2] << 4).to(torch.uint8),
-            "scales": weight.scale.half(),
+            **grid_tensors(weight),
         }
-        if not weight.symmetric:
-            even = torch.nn.functional.pad(weight.zero, (0, weight.zero.shape[1] % 2))
-            tensors["zeros"] = even[:, 0::2] | even[:, 1::2] << 4
-        if permuted(weight):
-            tensors["group_of"] = weight.group_of.to(torch.int32)
-        return tensors
 
     def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
         """Inverse of `pack`."""
-        values, scale = tensor(found, "values", (torch.uint8,)), tensor(found, "scales", (torch.float16,))
-        out, columns = values.shape[0], 4 * values.shape[1]
-        first, second = _places(found, setting)
-        group_of, groups = groups_of(columns, setting, found.get("group_of"), values)
-        check_shape("scales", scale, (out, groups), setting)
-        if setting.symmetric:
-            zero = torch.full((out, groups), 8, dtype=torch.uint8, device=values.device)
-        else:
-            packed = tensor(found, "zeros", (torch.uint8,))
-            check_shape("zeros", packed, (out, (groups + 1) // 2), setting)
-            zero = torch.stack((packed & 15, packed >> 4), 2).flatten(1)[:, :groups]
-        low, high = first << 3, second << 3  # in bits
-        quads = _quads(zero[:, group_of.long()]) & ~(15 << low) & ~(15 << high)
-        quads |= (values & 15).int() << low | (values >> 4).int() << high
-        return assembled(quads.view(torch.uint8), scale, zero, group_of, setting)
+        values, places = tensor(found, "values", (torch.uint8,)), _places(found, setting)
+        scale, zero, group_of = read_grid(found, setting, values.shape[0], 4 * values.shape[1])
+        codes = spread(places, (values & 15).int(), (values >> 4).int(), zero, group_of)
+        return assembled(codes, scale, zero, group_of, setting)
 
     def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
         """The stored positions."""
-        first, second = _places(found, None)
-        return (1 << (first << 3) | 1 << (second << 3)).view(torch.bool)
+        return mask_of(_places(found, None))
 
     def config(self, setting: Setting, left_dense: Sequence[str]) -> dict[str, Any]:
         """The header: what this is, its version, and the grid."""
@@ -139,44 +114,8 @@ class Sparse24:
         yield "only sparsekit reads this format; `sparsekit run` with steps: [] turns it into any other, losslessly"
 
 
-def _quads(values: Tensor) -> Tensor:
-    """Four neighbouring bytes as one int32, low byte first: uint8 [out, in] to [out, in/4].
-
-    Everything about a group of 4 is then arithmetic on one number, with no strides.
-    """
-    return values.contiguous().view(torch.int32)
-
-
-def _used(weight: QuantizedWeight) -> Tensor:
-    """Where a code stands for something else than 0: int32 [out, in/4], one byte of 0 or 1 for each input."""
-    zero: int | Tensor = 0x08080808 if weight.symmetric else _quads(weight.zero[:, weight.group_of.long()])
-    differs = _quads(weight.codes) ^ zero  # 4 bits in each byte
-    return (differs | differs >> 1 | differs >> 2 | differs >> 3) & 0x01010101
-
-
-@lru_cache(maxsize=1)
-def _table() -> Tensor:
-    """For the ranks of 4 inputs, 2 bits each: first position | second << 2 of the two highest, left before right."""
-    table = []
-    for ranks in range(256):
-        order = sorted(range(4), key=lambda lane: (-(ranks >> 2 * lane & 3), lane))
-        first, second = sorted(order[:2])
-        table.append(first | second << 2)
-    return torch.tensor(table, dtype=torch.int32)
-
-
-def _two_best(rank: Tensor) -> Tensor:
-    """The two inputs of every four to be stored, first position | second << 2, int32 [out, in/4].
-
-    Args:
-        rank: int32 [out, in/4], one byte of 0..3 for each input.
-    """
-    ranks = (rank | rank >> 6 | rank >> 12 | rank >> 18) & 255
-    return _table().to(rank.device).index_select(0, ranks.flatten()).reshape(rank.shape)
-
-
-def _places(found: Mapping[str, Tensor], setting: Setting | None) -> tuple[Tensor, Tensor]:
-    """The two positions of every group, int32 [out, in/4] each.
+def _places(found: Mapping[str, Tensor], setting: Setting | None) -> Tensor:
+    """The two places of every group, int32 [out, in/4].
 
     Raises:
         CheckpointError: They do not rise, or do not fit the values.
@@ -185,10 +124,9 @@ def _places(found: Mapping[str, Tensor], setting: Setting | None) -> tuple[Tenso
     known = setting or Setting(4, -1, True, False, "")
     check_shape("positions", packed, (values.shape[0], values.shape[1] // 2), known)
     places = torch.stack((packed & 15, packed >> 4), 2).flatten(1)  # [out, in/4]
-    first, second = places & 3, places >> 2
-    if bool((first >= second).any()):
+    if bool((places & 3 >= places >> 2).any()):
         raise CheckpointError("the two positions of a group must rise, and here they do not")
-    return first.int(), second.int()
+    return places.int()
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

@@ -122,6 +122,7 @@ def export_as(
         bytes=tally.bytes,
         parameters=tally.parameters,
         bits_per_weight=tally.bits_per_weight,
+        linears=tally.linears,
         engines=tuple(storage_format.engines(setting)),
         notes=tuple(notes),
         files=files,
@@ -151,6 +152,7 @@ def _write_blocks(
             writer.tally.record(state, patterns.get(linear))
             if storage is None or setting is None or state.quantized is None:
                 dense[linear] = stored
+                writer.tally.add_left(stored.source.numel(), view.dtype.itemsize)
             else:
                 packed = storage.pack(state.quantized, setting.layout, state.mask)
                 writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())

@@ -54,6 +54,25 @@ class ExportBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearBytes:
+    """The linears inside the blocks, which is what compression is about: every byte they need on disk.
+
+    Attributes:
+        weights: Entries of their matrices, zeros of a pattern included.
+        bytes: Integers, positions, scales, zero-points, group indices, linears left dense, the mask file
+            where there is one, low-rank branches, and the headers of all weight files.
+    """
+
+    weights: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; ratios are how many times smaller than the same matrices in FP32 and FP16."""
+        held = max(1, self.bytes)
+        return asdict(self) | {"ratio_fp32": 4 * self.weights / held, "ratio_fp16": 2 * self.weights / held}
+
+
+@dataclass(frozen=True, slots=True)
 class ExportReport:
     """What was written.
 
@@ -63,6 +82,7 @@ class ExportReport:
         bytes: True sizes.
         parameters: Of the model, tied ones once.
         bits_per_weight: Stored bits of a quantized weight with its scales; None without any.
+        linears: The linears inside the blocks alone.
         engines: Who loads it and who does not.
         notes: What went out of the ordinary.
         files: Size and sha256 of each weight file.
@@ -73,6 +93,7 @@ class ExportReport:
     bytes: ExportBytes
     parameters: int
     bits_per_weight: float | None
+    linears: LinearBytes
     engines: tuple[EngineNote, ...]
     notes: tuple[str, ...] = ()
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -89,6 +110,7 @@ class ExportReport:
             "ratio_fp32": fp32 / (self.bytes.files + self.bytes.adapter),
             "ratio_fp16": fp16 / (self.bytes.files + self.bytes.adapter),
             "bits_per_weight": self.bits_per_weight,
+            "linears": self.linears.as_dict(),
             "engines": [note.as_dict() for note in self.engines],
             "notes": list(self.notes),
             "files": {name: dict(about) for name, about in self.files.items()},
@@ -102,6 +124,8 @@ class Tally:
     bytes: ExportBytes = field(default_factory=ExportBytes)
     parameters: int = 0
     quantized: int = 0
+    left_dense: int = 0  # weights of linears inside the blocks
+    dense_width: int = 0  # bytes of one of them
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
 
@@ -124,6 +148,11 @@ class Tally:
         """Take a mask for the mask file."""
         self.masks[name] = pack_mask(mask).cpu()
 
+    def add_left(self, weights: int, width: int) -> None:
+        """Know that so many of the dense values, of `width` bytes each, are a linear's inside a block."""
+        self.left_dense += weights
+        self.dense_width = width
+
     def add_dense(self, tensor: Tensor) -> None:
         """Count a tensor that is stored as it is."""
         self.parameters += tensor.numel()
@@ -140,9 +169,20 @@ class Tally:
     @property
     def bits_per_weight(self) -> float | None:
         """Stored bits of a quantized weight, scales and all; None when there is none."""
+        return 8 * self._packed / self.quantized if self.quantized else None
+
+    @property
+    def linears(self) -> LinearBytes:
+        """The linears inside the blocks; to be asked when everything is written."""
         held = self.bytes
-        stored = held.codes + held.positions + held.scales + held.zeros + held.groups
-        return 8 * stored / self.quantized if self.quantized else None
+        stored = self._packed + self.left_dense * self.dense_width + held.masks + held.adapter + held.headers
+        return LinearBytes(self.quantized + self.left_dense, stored)
+
+    @property
+    def _packed(self) -> int:
+        """Bytes of the integers and of all that belongs to them."""
+        held = self.bytes
+        return held.codes + held.positions + held.scales + held.zeros + held.groups
 
     def check(self, headers: int, files: int) -> None:
         """Take the real sizes and hold the count against them.

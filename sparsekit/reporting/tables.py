@@ -170,6 +170,10 @@ def bytes_table(exports: Sequence[Record]) -> Table:
         rows.append([Cell(label, tone=tone), *(Cell(cell.text, cell.title, tone or cell.tone) for cell in cells)])
     for key, label in (("ratio_fp32", "times smaller than FP32"), ("ratio_fp16", "times smaller than FP16")):
         rows.append([Cell(label, tone="strong"), *(_ratio(export[key]) for export in exports)])
+        if all("linears" in export for export in exports):  # reports from before 2:4 below 4 bits lack them
+            about = "everything they need on disk: indices, scales, masks, branches and file headers"
+            counted = [_ratio(export["linears"][key]) for export in exports]
+            rows.append([Cell(f"{label}, linears of the blocks alone", about), *counted])
     stored = [export["bits_per_weight"] for export in exports]
     if any(stored):
         rows.append(

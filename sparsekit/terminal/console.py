@@ -134,6 +134,9 @@ def export_lines(export: Mapping[str, Any]) -> Iterator[str]:
     parts = [f"{megabytes(held[key])} {label}" for key, label in TOLD.items() if held.get(key)]
     ratios = f"{export['ratio_fp32']:.2f} × smaller than FP32, {export['ratio_fp16']:.2f} × than FP16"
     yield f"{export['format']}: {megabytes(held['files'])} ({', '.join(parts)}), {ratios}"
+    alone = export["linears"]
+    told = f"{alone['ratio_fp32']:.2f} × smaller than FP32, {alone['ratio_fp16']:.2f} × than FP16"
+    yield f"  linears of the blocks alone, indices, scales, masks and headers counted: {told}"
     for verdict in dict.fromkeys(note["verdict"] for note in export["engines"]):
         engines = [note["engine"] for note in export["engines"] if note["verdict"] == verdict]
         yield f"  {verdict + ':':<12} {'; '.join(engines)}"

@@ -1,0 +1,237 @@
+"""sparsekit-24-compact: 2:4 sparse weights of 1 to 4 bits, as small on disk as the pattern allows.
+
+Every four inputs of a row hold two weights, and 6 pairs of places are possible: three groups fit a byte
+(6^3 = 216), where sparsekit-24, whose positions a kernel takes as they are, has two. Codes have the
+bits they need. Of each linear, all row-major, every row by itself:
+
+- values uint8 [out, in * bits / 16]: the codes of a row, two for each group, as one little-endian bit
+  stream;
+- patterns uint8 [out, ceil(in / 12)]: p0 + 6 p1 + 36 p2 of three groups, where 0..5 are the places
+  01, 02, 03, 12, 13, 23; absent groups at the end of a row count as 0;
+- scales, zeros and group_of as in sparsekit-24.
+
+What a code q stands for depends on the levels, in units of the scale:
+
+- "integer": q - zero, for grids of 2, 3 and 4 bits. A group with fewer than two weights is filled up
+  with codes equal to the zero-point.
+- "odd": 2 q + 1 - 2^bits, that is ±1, ±3, ... with no level for 0. This is what a symmetric grid of one
+  bit more becomes when every kept code is an odd number of steps from its zero-point; 1 to 4 bits are
+  stored of 2 to 5. There is nothing to fill a group up with, so each must hold exactly two weights. All
+  quantized linears of a model have the same levels, and "odd" is chosen when all allow it.
+
+The files are called sparsekit-24-compact*.safetensors, and the digests of sparsekit.json must match,
+for the reasons given in sparsekit24.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CheckpointError
+from sparsekit.formats.base import Format, Setting, inexact_scale
+from sparsekit.formats.fours import (
+    counts,
+    crowded,
+    grid_tensors,
+    mask_of,
+    places_of,
+    quads,
+    read_grid,
+    spread,
+    used,
+)
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
+from sparsekit.interchange.engines import EngineNote
+from sparsekit.quant import QuantizedWeight
+from sparsekit.state import LinearState
+
+VERSION = 1
+ODD, INTEGER = "odd", "integer"
+STORED = {ODD: (1, 2, 3, 4), INTEGER: (2, 3, 4)}  # bits of a kept code
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+UNIT = 16  # inputs whose 8 codes fill whole bytes at any number of bits
+
+
+class Compact24:
+    """See the module."""
+
+    title = "sparsekit-24-compact"
+    method = "sparsekit-24-compact"
+    stem = "sparsekit-24-compact"
+    parts: Mapping[str, str] = {
+        "values": "codes",
+        "patterns": "positions",
+        "scales": "scales",
+        "zeros": "zeros",
+        "group_of": "groups",
+    }
+    checksums = True
+
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
+        """The levels; odd ones need one bit less."""
+        return (ODD, INTEGER) if symmetric else (INTEGER,)
+
+    def obstacle(self, state: LinearState, layout: str) -> str | None:
+        """Bits without a layout, rows that do not fill bytes, groups that the levels cannot hold."""
+        weight = state.quantized
+        assert weight is not None  # only asked about quantized linears
+        if weight.codes.shape[1] % UNIT:
+            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
+        if layout == ODD:
+            return _not_odd(weight) or inexact_scale(weight)
+        if weight.bits not in STORED[INTEGER]:
+            allowed = "2, 3 and 4 bits have, and 5 where every group of 4 holds two odd codes"
+            return f"{weight.bits} bits have no sparsekit-24-compact layout; {allowed} (here {_not_odd(weight)})"
+        return crowded(weight) or inexact_scale(weight)
+
+    def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Two to five tensors; a mask decides which zeros of a group are stored as its weights."""
+        bits, halved = (weight.bits - 1, 1) if layout == ODD else (weight.bits, 0)
+        places, codes = places_of(weight, mask), quads(weight.codes) >> halved  # [out, in/4] both
+        first, second, low = (places & 3) << 3, places >> 2 << 3, 2**bits - 1
+        pairs = (codes >> first & low | (codes >> second & low) << bits).to(torch.uint8)
+        return {"values": _squeezed(pairs, bits), "patterns": _threes(places), **grid_tensors(weight)}
+
+    def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
+        """Inverse of `pack`."""
+        odd = setting.layout == ODD
+        bits = setting.bits - 1 if odd else setting.bits
+        values, places = tensor(found, "values", (torch.uint8,)), _places(found)
+        out, columns = places.shape[0], 4 * places.shape[1]
+        check_shape("values", values, (out, columns * bits // UNIT), setting)
+        scale, zero, group_of = read_grid(found, setting, out, columns)
+        pairs = _widened(values, bits).int()
+        first, second = pairs & 2**bits - 1, pairs >> bits
+        if odd:
+            first, second = first << 1 | 1, second << 1 | 1
+        return assembled(spread(places, first, second, zero, group_of), scale, zero, group_of, setting)
+
+    def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
+        """The stored patterns."""
+        return mask_of(_places(found))
+
+    def config(self, setting: Setting, left_dense: Sequence[str]) -> dict[str, Any]:
+        """The header: what this is, its version, the bits that are stored, and the grid."""
+        return {
+            "quant_method": self.method,
+            "version": VERSION,
+            "pattern": "2:4",
+            "bits": setting.bits - (setting.layout == ODD),
+            "levels": setting.layout,
+            "group_size": setting.group_size,
+            "symmetric": setting.symmetric,
+            "act_order": setting.act_order,
+        }
+
+    def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}
+
+    def setting(self, config: Mapping[str, Any]) -> Setting:
+        """Of this version of sparsekit."""
+        one_of(config, "version", (VERSION,))
+        one_of(config, "pattern", ("2:4",))
+        levels = one_of(config, "levels", (ODD, INTEGER))
+        bits = one_of(config, "bits", STORED[levels]) + (levels == ODD)
+        symmetric = one_of(config, "symmetric", (True,) if levels == ODD else (True, False))
+        act_order = one_of(config, "act_order", (True, False))
+        return Setting(bits, whole(config, "group_size"), symmetric, act_order, levels)
+
+    def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
+        """That it is ours alone, and what the levels cost."""
+        yield "only sparsekit reads this format; `sparsekit run` with steps: [] turns it into any other, losslessly"
+        if setting.layout == ODD:
+            yield f"levels odd: every kept weight is an odd number of steps, {setting.bits - 1} bits of {setting.bits}"
+        else:
+            yield f"levels integer: {setting.bits} bits a kept weight; models trained to odd levels take one bit less"
+
+
+def _not_odd(weight: QuantizedWeight) -> str | None:
+    """Why a weight cannot be stored as odd levels, in words, or None."""
+    if not weight.symmetric:
+        return "the grid is not symmetric"
+    if weight.bits - 1 not in STORED[ODD]:
+        return f"{weight.bits} bits are stored as {weight.bits - 1}, of which there is no layout"
+    holds = used(weight)
+    if others := int((counts(holds) != 2).sum()):
+        return f"{others} groups of 4 do not hold exactly two weights"
+    if even := int(counts(holds & ~quads(weight.codes)).sum()):
+        return f"{even} kept codes are an even number of steps from zero"
+    return None
+
+
+def _squeezed(pairs: Tensor, bits: int) -> Tensor:
+    """The low 2 `bits` bits of every byte, one after another: uint8 [out, in/4] to [out, in * bits / 16]."""
+    if bits == 4:
+        return pairs
+    words, width = quads(pairs), 2 * bits  # 4 pairs in each word, [out, in/16]
+    low, wide = (2**width - 1) * 0x00010001, 4**width - 1
+    words = words & low | words >> 8 - width & low << width
+    words = words & wide | words >> 16 - 2 * width & wide << 2 * width
+    filled: Tensor = words.view(torch.uint8).reshape(*words.shape, 4)[..., :bits].flatten(1)
+    return filled.contiguous()
+
+
+def _widened(values: Tensor, bits: int) -> Tensor:
+    """Inverse of `_squeezed`."""
+    if bits == 4:
+        return values
+    held, width = values.reshape(len(values), -1, bits), 2 * bits
+    words: Tensor = torch.nn.functional.pad(held, (0, 4 - bits)).view(torch.int32).squeeze(2)  # [out, in/16]
+    low, wide = (2**width - 1) * 0x00010001, 4**width - 1
+    words = words & wide | (words & wide << 2 * width) << 16 - 2 * width
+    words = words & low | (words & low << width) << 8 - width
+    return words.view(torch.uint8)
+
+
+def _threes(places: Tensor) -> Tensor:
+    """Three groups in a byte: places int32 [out, in/4] to uint8 [out, ceil(in / 12)]."""
+    first, second = places & 3, places >> 2
+    pattern = (first + second - 1 + (first > 0)).to(torch.uint8)  # the index in PAIRS
+    whole = torch.nn.functional.pad(pattern, (0, -pattern.shape[1] % 3))
+    return whole[:, 0::3] + 6 * whole[:, 1::3] + 36 * whole[:, 2::3]
+
+
+@lru_cache(maxsize=1)
+def _table() -> Tensor:
+    """The places of the three groups of a byte, int32 [216, 3]."""
+    places = [first | second << 2 for first, second in PAIRS]
+    rows = [[places[byte // 6**group % 6] for group in range(3)] for byte in range(216)]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _places(found: Mapping[str, Tensor]) -> Tensor:
+    """The two places of every group, int32 [out, in/4]. Four groups are a unit, so that the bytes tell how many.
+
+    Raises:
+        CheckpointError: No such bytes were ever written.
+    """
+    packed = tensor(found, "patterns", (torch.uint8,))
+    out, held = packed.shape
+    groups = 3 * held // 4 * 4
+    if -(-groups // 3) != held:
+        raise CheckpointError(
+            f"patterns has shape {[out, held]}: no multiple of {UNIT} inputs takes {held} bytes a row"
+        )
+    if bool((packed >= 216).any()):
+        raise CheckpointError(f"patterns holds {int(packed.max())}; three groups of 4 have 216 patterns, 0..215")
+    if bool((packed[:, -1:] >= 6 ** (groups - 3 * (held - 1))).any()):
+        raise CheckpointError("patterns holds more groups at the end of a row than the row has")
+    places = _table().to(packed.device).index_select(0, packed.flatten().int())  # [out * held, 3]
+    return places.reshape(out, -1)[:, :groups].contiguous()
+
+
+def _engines(setting: Setting | None) -> list[EngineNote]:
+    return [
+        EngineNote("sparsekit", "loads", "The run read every integer back and compared it."),
+        EngineNote("Transformers 5", "refuses", "It finds no weight file under a name it knows."),
+        EngineNote("vLLM, auto-gptq", "not checked", "They refuse sparsekit-24, whose files are as foreign to them."),
+    ]
+
+
+FORMAT = Format("sparsekit-24-compact", Compact24(), _engines)
