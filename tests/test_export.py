@@ -220,7 +220,9 @@ def test_compact_export_of_odd_levels(view, tmp_path, bits):
     assert not (tmp_path / "out" / "sparsekit").exists()  # the patterns are the mask
     weights = sum(state.source.numel() for state in states.values())
     assert report.bytes.codes == weights * bits // 16
-    assert report.bits_per_weight == pytest.approx(bits / 2 + 2 / 3 + 16 / 32, abs=0.09)  # short rows end in part of a byte
+    assert report.bits_per_weight == pytest.approx(
+        bits / 2 + 2 / 3 + 16 / 32, abs=0.09
+    )  # short rows end in part of a byte
     real = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert abs(report.bytes.total - real) <= 0.01 * real
     assert any("levels odd" in note for note in report.notes)

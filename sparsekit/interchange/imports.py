@@ -137,7 +137,7 @@ class QuantizedFiles(Mapping[str, LinearState]):
 
 
 def load_quantized(directory: str | Path) -> QuantizedFiles:
-    """Open a quantized checkpoint: GPTQ (versions 1 and 2), AWQ GEMM, pack-quantized or sparsekit-24.
+    """Open a quantized checkpoint: GPTQ (versions 1 and 2), AWQ GEMM, pack-quantized, or one of sparsekit's own.
 
     Args:
         directory: As written by `sparsekit run`, GPTQModel, AutoAWQ or llm-compressor.

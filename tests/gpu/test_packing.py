@@ -63,3 +63,21 @@ def test_a_permuted_index_packs_the_same():
         one = storage.pack(moved, layout, mask[:, columns])
         two = storage.pack(moved.to("cuda"), layout, mask[:, columns].cuda())
         assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits"), [("odd", 1), ("odd", 2), ("odd", 3), ("odd", 4), ("integer", 2), ("integer", 3)]
+)
+def test_compact_widths_pack_and_unpack_the_same(levels, bits):
+    weight, mask = integers(True, bits + (levels == "odd"))
+    if levels == "odd":
+        random = torch.randint(0, 2**bits, weight.codes.shape, generator=torch.Generator().manual_seed(1))
+        codes = torch.where(mask, 2 * random + 1, 2**bits).to(torch.uint8)
+        weight = dataclasses.replace(weight, codes=codes)
+    storage = STORAGES["sparsekit-24-compact"]
+    one, two = storage.pack(weight, levels, mask), storage.pack(weight.to("cuda"), levels, mask.cuda())
+    assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
+    found = storage.unpack(two, Setting(weight.bits, GROUP, True, False, levels))
+    assert found.codes.is_cuda
+    assert weight.equal(found.to("cpu"))
+    assert torch.equal(storage.mask(two).cpu(), storage.mask(one))
