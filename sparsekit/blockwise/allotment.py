@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekit.allocate import Allocate, Measured, checked
 from sparsekit.blockwise.activations import Activations
-from sparsekit.blockwise.walk import resident
+from sparsekit.blockwise.walk import resident, sent
 from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
 from sparsekit.errors import MethodError
 from sparsekit.ladder import check_finite
@@ -69,7 +69,7 @@ class Allotment:
         return checked(method.name, shares, sizes, self.target)
 
     def _layers(self) -> Iterator[Measured]:
-        """Every layer of the step in model order, its block resident."""
+        """Every layer of the step in model order, its block resident, its state where the statistic is."""
         kind = self.allocate.method.stats
         stream = None
         if kind is not None:
@@ -88,6 +88,6 @@ class Allotment:
                 for number, (group, statistic) in enumerate(zip(groups, statistics, strict=True)):
                     for name in group:
                         if name in self.selected:
-                            yield Measured(block.linears[name], statistic, index, number)
+                            yield Measured(sent(block.linears[name], self.view.device), statistic, index, number)
                 if stream is not None:
                     stream.advance(index)

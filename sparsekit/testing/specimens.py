@@ -149,9 +149,9 @@ def tensors_of(value: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def training_job() -> Iterator[TrainJob]:
-    """A job on the embedded model with random tokens, on the CPU, in a directory that goes away."""
-    views = [ModelView.open("builtin:tiny", dtype="float32", device="cpu") for _ in range(2)]
+def training_job(device: torch.device = CPU) -> Iterator[TrainJob]:
+    """A job on the embedded model with random tokens, in a directory that goes away."""
+    views = [ModelView.open("builtin:tiny", dtype="float32", device=device) for _ in range(2)]
     for view in views:
         view.materialise_all(view.dense_block(index) for index in range(len(view.blocks)))
     linears = {n: s for i in range(len(views[0].blocks)) for n, s in views[0].dense_block(i).linears.items()}

@@ -22,7 +22,8 @@ class TrainJob:
     Attributes:
         student: The model to train, in the precision it computes in; parameters require no gradient yet.
         teacher: The dense original, frozen, in eval mode.
-        linears: The linears to make sparse, by full name; their parameters are called `NAME.weight`.
+        linears: The linears to make sparse, by full name; their parameters are called `NAME.weight`;
+            on the host.
         tokens: Training windows, int [windows, seq_len], on the host.
         valid: Held-out windows for the log, or None.
         seed: Of the order of windows.

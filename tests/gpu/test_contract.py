@@ -1,24 +1,36 @@
-"""CPU and CUDA agree for every linear and group method, built in or a plugin."""
+"""CPU and CUDA agree for every method, built in or a plugin; the driver hands out tensors of one device."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
+from sparsekit.cli import main
 from sparsekit.registry import METHODS
-from sparsekit.testing import Subject, devices
+from sparsekit.testing import Subject, allocation, devices, training
 from sparsekit.testing.specimens import arguments_of
 
 pytestmark = pytest.mark.gpu
 PLUGINS = Path(__file__).parents[2] / "plugins"
+ERK = PLUGINS / "sparsekit-erk/src/sparsekit_erk/__init__.py"
 LINEAR = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq")
+CUDA = torch.device("cuda")
+
+
+def subject(name, file=None):
+    if file is not None:
+        METHODS.load_path(file)
+    method = METHODS.get(name)
+    return Subject(method, arguments_of(method, {}))
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_built_in_methods_agree(name):
-    method = METHODS.get(name)
-    devices(Subject(method, arguments_of(method, {})))
+    devices(subject(name))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +38,40 @@ def test_built_in_methods_agree(name):
     [("ria", "ria"), ("random_nm", "random_nm"), ("dsnot", "dsnot"), ("alps", "alps"), ("alps", "pcg")],
 )
 def test_plugins_agree(file, name):
-    METHODS.load_path(PLUGINS / f"{file}.py")
-    method = METHODS.get(name)
-    devices(Subject(method, arguments_of(method, {})))
+    devices(subject(name, PLUGINS / f"{file}.py"))
+
+
+@pytest.mark.parametrize(("file", "name"), [(PLUGINS / "owl.py", "owl"), (ERK, "erk")], ids=["owl", "erk"])
+def test_allocations_agree(file, name):
+    allocation(subject(name, file))
+
+
+def test_a_plugin_that_trains_keeps_the_contract():
+    pytest.importorskip("scipy")
+    training(subject("permute", PLUGINS / "permute.py"), CUDA)
+
+
+STEPS = {
+    "owl": "{method: wanda, sparsity: 0.5, allocate: {method: owl, outlier: 2.0}}",
+    "dsnot": '{method: wanda, pattern: "2:4"}, {method: dsnot, pattern: "2:4"}',
+    "alps": '{method: alps, pattern: "2:4", iterations: 20}',
+    "ria": '{method: ria, pattern: "2:4"}, {method: gptq, bits: 4, group_size: 16}',
+}
+
+
+@pytest.mark.parametrize("plugin", STEPS)
+def test_plugins_run_on_cuda(tmp_path, random_model, plugin):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: plugin\noutput: {tmp_path / 'run'}\nplugins: [{PLUGINS / plugin}.py]\n"
+        f"model: {{path: {random_model}, device: cuda}}\n"
+        "data:\n"
+        "  calibration: {path: builtin:calibration, samples: 4, seq_len: 32}\n"
+        "  evaluation: {heldout: {path: builtin:heldout, seq_len: 32, samples: 4}}\n"
+        f"steps: [{STEPS[plugin]}]\n"
+        "evaluate: {perplexity: [heldout]}\nexport: {formats: []}\n"
+    )
+    result = CliRunner().invoke(main, ["run", str(recipe)])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert all(step["violations"] == 0 for step in report["steps"])

@@ -1,0 +1,82 @@
+"""A second device without a GPU: tensors said to be on `meta` that hold values and refuse to meet the CPU's.
+
+Under `elsewhere()` whatever is created on or sent to the device `meta` keeps its values on the CPU inside
+a wrapper. An operation on tensors of both devices fails as it does between CUDA and the CPU; so does a
+random number drawn there from a generator of here. Meanwhile `torch.inference_mode` is `torch.no_grad`:
+wrappers cannot make views of what was made in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+THERE = torch.device("meta")
+COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)  # the ways from one device to the other
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)  # take indices of here
+
+
+class Wrapped(Tensor):
+    """Values that are somewhere else."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Wrapped:
+        wrapped = Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=THERE,
+        )
+        wrapped.values = values
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(function, args, kwargs or {})
+
+
+def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    packet, flat = function.overloadpacket, tree_flatten((args, kwargs))[0]
+    tensors = [value for value in flat if isinstance(value, Tensor)]
+    there = any(isinstance(value, Wrapped) for value in tensors)
+    wide = [value for value in tensors if value.dim() > 0 and not isinstance(value, Wrapped)]
+    if there and wide and packet not in COPIES + INDEXING:
+        raise RuntimeError(f"{function}: expected all tensors to be on the same device, found {THERE} and cpu")
+    asked = kwargs.get("device")
+    goes = there if asked is None else torch.device(asked) == THERE
+    generator = kwargs.get("generator")
+    if goes and generator is not None:
+        raise RuntimeError(f"{function}: expected a generator of {THERE}, found one of {generator.device}")
+    if goes and asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    found = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    if function._schema.is_mutable:
+        return args[0] if kwargs.get("out") is None else kwargs["out"]
+    return tree_map(lambda value: Wrapped(value) if isinstance(value, Tensor) else value, found) if goes else found
+
+
+def _inner(value: Any) -> Any:
+    return value.values if isinstance(value, Wrapped) else value
+
+
+@contextmanager
+def elsewhere() -> Iterator[torch.device]:
+    """The second device."""
+    with _Mode(), patch.object(torch, "inference_mode", torch.no_grad):
+        yield THERE
