@@ -12,14 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from sparsekit.branch import Branch
@@ -27,6 +27,9 @@ from sparsekit.errors import CheckpointError, NumericsError
 from sparsekit.kept import sealed, unsealed
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
+from sparsekit.tensorfile import Digest, Part, parts_of
+
+HOST = torch.device("cpu")
 
 
 @dataclass(slots=True)
@@ -37,17 +40,44 @@ class BlockState:
     params: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A block as files have it, read but not yet made into states.
+
+    Attributes:
+        tensors: On the host, in their stored dtype.
+        states: Makes the block of them, wherever they are.
+    """
+
+    tensors: Mapping[str, Tensor]
+    states: Callable[[Mapping[str, Tensor]], BlockState]
+
+    def pinned(self) -> Stored:
+        """The same in page-locked memory, from which a device copies without waiting."""
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
+    def on(self, device: torch.device) -> BlockState:
+        """The block on a device; values travel as they are stored and become float32 there."""
+        return self.states({name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()})
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole: temporary file, fsync, rename, fsync of the directory.
 
     Raises:
         CheckpointError: The disk is full or the directory cannot be written; nothing is left behind.
     """
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[Part]) -> None:
+    """`write_bytes` of what some parts are together."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -87,22 +117,10 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file whole and return its sha256."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = ordered(save(plain, {"format": "pt", **(metadata or {})}))
-    write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def ordered(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order: the library writes them as a hash map has them.
-
-    Equal content is to give equal bytes, so that digests can be compared between runs.
-    """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    parts = parts_of(plain, {"format": "pt", **(metadata or {})})
+    digest = Digest(parts)
+    write_parts(path, parts)
+    return digest.hex()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -221,6 +239,7 @@ class StepStore:
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.directory = directory
         self.dtype = dtype
+        self._digests: dict[str, str] = {}  # of files this process has written or checked
 
     @property
     def done(self) -> dict[str, Any] | None:
@@ -250,10 +269,8 @@ class StepStore:
 
     def finish(self, fingerprint: str, result: Mapping[str, Any]) -> None:
         """Mark the step finished."""
-        files = {
-            str(path.relative_to(self.directory)): sha256_file(path)
-            for path in sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("block-*.json")])
-        }
+        paths = sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("block-*.json")])
+        files = {path.name: self._digests.get(path.name) or sha256_file(path) for path in paths}
         write_json(self.directory / "DONE", sealed({"fingerprint": fingerprint, "result": result, "files": files}))
 
     def block_path(self, index: int) -> Path:
@@ -266,12 +283,25 @@ class StepStore:
         Returns the block as a later step will read it (values in `dtype`).
         """
         tensors, metadata = block_tensors(block, self.dtype)
-        digest = write_tensors(self.block_path(index), tensors, metadata)
-        write_json(self.block_path(index).with_suffix(".json"), sealed({"sha256": digest, "layers": layers}))
+        self.write_block(index, tensors, metadata, layers)
         return block_of_tensors(tensors, metadata)
 
+    def write_block(
+        self, index: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layers: list[dict[str, Any]]
+    ) -> None:
+        """Write what `block_tensors` made of a finished block, and then that it is finished."""
+        path = self.block_path(index)
+        self._digests[path.name] = write_tensors(path, tensors, metadata)
+        about = sealed({"sha256": self._digests[path.name], "layers": layers})
+        write_json(path.with_suffix(".json"), about)
+
     def block(self, index: int) -> BlockState | None:
-        """A committed block, or None; one that fails its digest counts as absent and is removed."""
+        """A committed block on the host, or None; one that fails its digest counts as absent and is removed."""
+        stored = self.stored(index)
+        return None if stored is None else stored.on(HOST)
+
+    def stored(self, index: int) -> Stored | None:
+        """`block`, not yet made into states."""
         path = self.block_path(index)
         about = unsealed(path.with_suffix(".json"))
         if not path.is_file() or about is None:
@@ -279,7 +309,9 @@ class StepStore:
         if sha256_file(path) != about["sha256"]:
             path.unlink()
             return None
-        return block_of_tensors(*read_tensors(path))
+        self._digests[path.name] = about["sha256"]
+        tensors, metadata = read_tensors(path)
+        return Stored(tensors, partial(block_of_tensors, metadata=metadata))
 
     def layers(self, index: int) -> list[dict[str, Any]]:
         """What was reported of a committed block's layers."""

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sparsekit import __version__
 from sparsekit.blockwise.allotment import Allotment
+from sparsekit.blockwise.streaming import Ahead
 from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
@@ -233,14 +235,15 @@ class Run:
         data = self.recipe.data.calibration
         tokens = self.windows(data) if planned.step.calibrated and data is not None else None
         allotted = self._allotted(planned, chain, store, tokens)
-        with torch.inference_mode():
+        blocks = Ahead(chain.stored, self.view.device, len(self.view.blocks))
+        with torch.inference_mode(), blocks:
             Walk(
                 view=self.view,
                 method=method,
                 arguments=planned.arguments,
                 selected=planned.selected,
                 patterns=planned.patterns,
-                before=chain.block,
+                before=blocks,
                 store=store,
                 tokens=tokens,
                 schedule=planned.step.schedule,
@@ -353,7 +356,7 @@ class Run:
             result = export_as(
                 FORMATS[name],
                 self.view,
-                chain.block,
+                partial(chain.block, device=self.view.device),
                 target / name,
                 name=self.recipe.name,
                 patterns=self._patterns(),

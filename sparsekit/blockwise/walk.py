@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.onepass import CalledAgain
+from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.ladder import UNREACHED, Ladder
@@ -29,8 +30,6 @@ from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic
 from sparsekit.verify import LayerRecord, as_json, verified
 
-HOST = torch.device("cpu")
-
 
 @dataclass(slots=True)
 class Walk:
@@ -41,7 +40,7 @@ class Walk:
         method: What to apply, with the arguments in `arguments`.
         selected: Full names of the linears the step is meant for.
         patterns: The pattern each linear must hold after the step.
-        before: State of a block before the step.
+        before: State of a block before the step, on the host or the device.
         store: Where finished blocks are committed.
         tokens: Calibration windows [samples, seq_len], None for a method without statistics.
         schedule: "block": all statistics come from the block as it was. "group": each group sees
@@ -83,16 +82,20 @@ class Walk:
             if self.tokens is None:
                 raise MethodError(f"{self.method.name} needs calibration data")
             stream = Activations.begin(self.view, self.tokens)
-        for index in range(total):
-            after = self.store.block(index)
-            if after is None:
-                self._records.clear()
-                block = self.compressed(index, self._given(index), stream)
-                after = self.store.commit_block(index, block, as_json(self._records, stream.remarks if stream else []))
-            if stream is not None and index + 1 < total:
-                with resident(self.view, index, after):
-                    stream.advance(index)
-            self.progress(index + 1, total)
+        with Behind(self.store) as behind:
+            for index in range(total):
+                stored = self.store.stored(index)
+                if stored is None:
+                    self._records.clear()
+                    block = self.compressed(index, self._given(index), stream)
+                    after = behind.commit(index, block, as_json(self._records, stream.remarks if stream else []))
+                    del block  # while the hidden states go through the block, it is there once
+                else:
+                    after = stored.on(self.view.device)
+                if stream is not None and index + 1 < total:
+                    with resident(self.view, index, after):
+                        stream.advance(index)
+                self.progress(index + 1, total)
 
     def _given(self, index: int) -> BlockState:
         """A block before the step, its linears with their dense values if the method asks for them."""
@@ -112,8 +115,7 @@ class Walk:
             return block
         if stream is None:
             return self._each(block, names, None)
-        if self.method.scope == "linear":
-            block = BlockState({n: sent(s, self.view.device) for n, s in block.linears.items()}, block.params)
+        block = placed(block, self.view.device)
         with resident(self.view, index, block):
             groups = self.view.groups(index, *stream.sample(index))
             if self.method.scope == "group":
@@ -230,12 +232,12 @@ class Walk:
         with _naming(", ".join(chosen)):
             result: Group = self._called(group, stat)
         linears = {
-            name: sent(self._proved(given[name], state, stat, result.input_scale, start), HOST)
+            name: self._proved(given[name], state, stat, result.input_scale, start)
             for name, state in result.linears.items()
         }
         block = BlockState({**block.linears, **linears}, block.params)
         if result.input_scale is not None and isinstance(producer, Producer):
-            block = producer.fold(block, result.input_scale.to(HOST))
+            block = producer.fold(block, result.input_scale)
         return block
 
     def _proved(
@@ -285,6 +287,12 @@ def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
     if isinstance(given, Group):
         return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
     return given.noted(note)
+
+
+def placed(block: BlockState, device: torch.device) -> BlockState:
+    """The block with its tensors on a device."""
+    linears = {name: sent(state, device) for name, state in block.linears.items()}
+    return BlockState(linears, {name: value.to(device) for name, value in block.params.items()})
 
 
 def sent(state: LinearState, device: torch.device) -> LinearState:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.blockwise.walk import resident
-from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.checkpoint import HOST, BlockState, StepStore, Stored
 from sparsekit.errors import CheckpointError
 from sparsekit.models.view import ModelView
 
@@ -39,18 +39,22 @@ class Chain:
         """A block before anything pruned it: as the last training step left it, or the model's own."""
         return Chain(self.view, self.stores[: self.trained]).block(index)
 
-    def block(self, index: int) -> BlockState:
+    def block(self, index: int, device: torch.device = HOST) -> BlockState:
         """State of a block: as the last step wrote it, or dense from the model's own files.
 
         Raises:
             CheckpointError: The step's file is gone or damaged.
         """
+        return self.stored(index).on(device)
+
+    def stored(self, index: int) -> Stored:
+        """`block`, not yet made into states."""
         if not self.stores:
-            return self.view.dense_block(index)
-        block = self.stores[-1].block(index)
-        if block is None:
+            return self.view.stored_block(index)
+        stored = self.stores[-1].stored(index)
+        if stored is None:
             raise CheckpointError(f"{self.stores[-1].block_path(index)} is missing or damaged; run the recipe again")
-        return block
+        return stored
 
     def rest(self) -> Mapping[str, Tensor]:
         """Tensors outside the blocks that a step changed, by full name."""
@@ -59,9 +63,9 @@ class Chain:
             changed.update(store.rest())
         return changed
 
-    def blocks(self) -> Iterator[BlockState]:
+    def blocks(self, device: torch.device = HOST) -> Iterator[BlockState]:
         """Every block in order."""
-        return (self.block(index) for index in range(len(self.view.blocks)))
+        return (self.block(index, device) for index in range(len(self.view.blocks)))
 
     @contextmanager
     def forward(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -73,7 +77,7 @@ class Chain:
         if not self._fits():
             yield self._streamed
             return
-        self.view.materialise_all(self.blocks())
+        self.view.materialise_all(self.blocks(self.view.device))
         try:
             yield self._whole
         finally:
@@ -90,7 +94,7 @@ class Chain:
         with torch.inference_mode():
             hidden, calls = self.view.begin(tokens)
             for index, call in enumerate(calls):
-                with resident(self.view, index, self.block(index)):
+                with resident(self.view, index, self.block(index, self.view.device)):
                     hidden = self.view.run_block(index, hidden, call)
             return self.view.logits(tokens, hidden)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsekit.branch import attach, detach
-from sparsekit.checkpoint import BlockState
+from sparsekit.checkpoint import HOST, BlockState, Stored
 from sparsekit.errors import ModelError
 from sparsekit.models.arch import Origin, canonicalise
 from sparsekit.models.groups import Producer, find_producers, shared_inputs
@@ -168,18 +168,36 @@ class ModelView:
 
     def dense_block(self, index: int) -> BlockState:
         """A block's tensors as the model's files have them, on the host; integers as integers."""
+        return self.stored_block(index).on(HOST)
+
+    def stored_block(self, index: int) -> Stored:
+        """`dense_block`, not yet made into states."""
         linears = {f"{name}.weight": name for name in self.linears(index)}
-        state = BlockState({}, {})
+        tensors: dict[str, Tensor] = {}
+        integers: dict[str, LinearState] = {}
         for name in self._shapes:
             if not name.startswith(f"{self.blocks[index]}."):
                 continue
+            stored = None
             if name in linears:
-                origin, linear = self._origins.get(name, Origin(name)), linears[name]
-                stored = self._weights.linear(origin.name, linear, self._shapes[name])
-                state.linears[linear] = stored or LinearState(linear, self._read(name).float())
+                origin = self._origins.get(name, Origin(name))
+                stored = self._weights.linear(origin.name, linears[name], self._shapes[name])
+            if stored is None:
+                tensors[name] = self._read(name)
             else:
-                state.params[name] = self._read(name)
-        return state
+                integers[name] = stored
+
+        def states(found: Mapping[str, Tensor]) -> BlockState:
+            block = BlockState({}, {})
+            for name in [name for name in self._shapes if name in found or name in integers]:
+                if name in linears:
+                    linear = linears[name]
+                    block.linears[linear] = integers.get(name) or LinearState(linear, found[name].float())
+                else:
+                    block.params[name] = found[name]
+            return block
+
+        return Stored(tensors, states)
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as they stand, tied ones once."""

@@ -142,7 +142,7 @@ def walk_moments(
             update = Part("adding to a statistic", "T · (3d + n) · c, and |x| in float32", adding)
             moments.append(Moment("collecting", [*held, weights, statistics, update]))
         resident = [weights] if in_order or method == "awq" else []
-        if model.cuda and kind is not None and method != "awq":  # a method of scope linear
+        if model.cuda and kind is not None:
             linear = sum(out * columns for out, columns in block.linears.values())
             resident.append(Part("values of its linears before and after, masks", "9B", 9 * linear))
         for name, parts in _solving(model, block, method, kind):
@@ -244,14 +244,17 @@ def training_moments(model: ModelSizes, settings: Mapping[str, Any], seq_len: in
 
 
 def host_of_walk(model: ModelSizes, process: int, *, hidden: int) -> Moment:
-    """Host memory of a step over blocks on CUDA: one block read, changed, packed and read back."""
+    """Host memory of a step over blocks on CUDA: two blocks read ahead and two on their way to the disk.
+
+    They are page-locked, and torch rounds such memory up to powers of two: twice their bytes at most.
+    """
     block = model.largest.numel
     return Moment(
         "writing a block",
         [
             Part("Python and its libraries", "measured now", process),
             Part("hidden states that do not fit the device", "windows · length · d · c", hidden),
-            Part("one block before, after, in its file", "B · (12 + 3 stored)", block * (12 + 3 * model.stored)),
+            Part("blocks read ahead and written behind", "B · 8 stored", block * 8 * model.stored),
         ],
     )
 
