@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsekit.quant import Grid
 
 WIDEST = 128  # columns that the sweep's kernel settles at a time
+TURN = 8  # columns of its longest turn, and so M of a pattern: with 16 it spills, and compiles for 20 s
 WIDE = 2048  # inputs from which on the triangle of a Gram matrix has enough tiles for a device
 LONGEST = 32  # groups of M that the mask kernel takes
 
@@ -81,8 +82,8 @@ def settle_kernel(kernels: Kernels, weight: Tensor, pattern: Pattern | None) -> 
         pattern: N:M that the kernel is to choose.
     """
     reason = None if weight.dtype == torch.float32 else f"the weight is {weight.dtype}"
-    if pattern is not None and pattern.m > WIDEST:
-        reason = f"groups of {pattern.m} are longer than {WIDEST}"
+    if pattern is not None and pattern.m > TURN:
+        reason = f"groups of {pattern.m} are longer than {TURN}"
     if not runs_triton(kernels, weight.device, reason):
         return None
     from sparsekit.kernels.settle import settle_  # noqa: PLC0415 - imports Triton
