@@ -8,6 +8,7 @@ are tried as torch's semi-structured tensors too. Where nothing got faster, the 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -112,7 +113,9 @@ def _packed(module: nn.Module, wanted: bool) -> Iterator[int]:
     for linear in module.modules() if wanted else ():
         if isinstance(linear, nn.Linear) and _fits(linear.weight):
             try:
-                sparse = to_sparse_semi_structured(linear.weight.detach())
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")  # a prototype
+                    sparse = to_sparse_semi_structured(linear.weight.detach())
             except (RuntimeError, ValueError):  # a shape or dtype its kernels do not take
                 continue
             kept.append((linear, linear.weight))

@@ -72,7 +72,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
     told = Estimator.open(read).all()["steps"][0]["device"]
     run = Run.open(read, Quiet())
     (planned,) = run.plan.steps
-    result = run._measured(lambda: run._apply(planned, Chain(run.view), StepStore(tmp_path / "s", run.view.dtype)))
+    result = run.measured(lambda: run._apply(planned, Chain(run.view), StepStore(tmp_path / "s", run.view.dtype)))
     assert told["bytes"] == pytest.approx(result["peak_memory"], rel=0.2), told
 
 
