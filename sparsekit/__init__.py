@@ -31,6 +31,7 @@ _EXPORTS = {
     "read_recipe": "recipe",
     "run_recipe": "run",
     "load_quantized": "interchange.imports",
+    "load": "inference.load",
     "SparsekitError": "errors",
 }
 __all__ = [*_EXPORTS, "__version__"]
@@ -38,6 +39,7 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
     from sparsekit.errors import SparsekitError as SparsekitError
+    from sparsekit.inference.load import load as load
     from sparsekit.interchange.imports import load_quantized as load_quantized
     from sparsekit.pattern import Pattern as Pattern
     from sparsekit.quant import Grid as Grid, QuantizedWeight as QuantizedWeight

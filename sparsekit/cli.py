@@ -278,6 +278,70 @@ def bench(small: bool, device: str, as_json: bool) -> None:
         click.echo(json.dumps({"shape": benches.described(small), "jobs": found}, indent=2))
 
 
+@main.command()
+@click.argument("directory")
+@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Tokens to generate at most.")
+@click.option(
+    "--temperature", type=float, default=0.0, help="0, the default, takes the most likely token; above, draws."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For drawing.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
+@click.option("--dtype", default="auto", help="What is computed in; the checkpoint's own, on a CPU float32.")
+@click.option("--stats", "with_stats", is_flag=True, help="Print time to first token, tokens per second and memory.")
+@_named_errors
+def generate(
+    directory: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    device: str,
+    dtype: str,
+    with_stats: bool,
+) -> None:
+    """Go on from a prompt with the model in DIRECTORY, its weights packed as they are on disk."""
+    try:
+        _generate(directory, prompt, max_tokens, temperature, seed, chat, device, dtype, with_stats)
+    except KeyboardInterrupt:  # nothing is kept that could be continued
+        click.echo("stopped", err=True)
+        sys.exit(130)
+
+
+def _generate(
+    directory: str,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    device: str,
+    dtype: str,
+    with_stats: bool,
+) -> None:
+    from functools import partial
+
+    from sparsekit.data import load_tokenizer
+    from sparsekit.inference.generate import Stats, prompt_tokens, stream
+    from sparsekit.inference.load import forms_of, load_model
+    from sparsekit.models.locate import locate
+    from sparsekit.terminal.generate import stats_lines, write_text
+
+    tokenizer = load_tokenizer(locate(directory), trust_remote_code=False)
+    tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+    loaded, stats = load_model(directory, device=device, dtype=dtype), Stats()
+    for note in loaded.notes:
+        click.echo(f"note: {note}", err=True)
+    coming = stream(loaded.model, tokens, max_tokens=max_tokens, temperature=temperature, seed=seed, stats=stats)
+    try:
+        write_text(coming, tokenizer, partial(click.echo, nl=False))
+    finally:
+        for line in stats_lines(stats, forms_of(loaded.model)) if with_stats and stats.tokens else ():
+            click.echo(line, err=True)
+
+
 @main.command("new-method")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)

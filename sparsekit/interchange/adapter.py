@@ -98,16 +98,29 @@ def attach_adapter(model: nn.Module, directory: Path) -> None:
     Raises:
         CheckpointError: The adapter does not fit the model.
     """
+    modules = dict(model.named_modules())
+    for name, branch in read_adapter(directory).items():
+        if name not in modules:
+            raise CheckpointError(f"{directory / ADAPTER} does not fit the model: it lacks {name}")
+        attach(modules[name], branch)
+
+
+def read_adapter(directory: Path) -> dict[str, Branch]:
+    """The branches of an export by linear.
+
+    Raises:
+        CheckpointError: A tensor is missing or a file damaged.
+    """
     config = read_json(directory / ADAPTER / CONFIG)
     tensors, _ = read_tensors(directory / ADAPTER / WEIGHTS)
-    modules = dict(model.named_modules())
+    branches: dict[str, Branch] = {}
     for name in config["target_modules"]:
         try:
             down, up = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
-            module = modules[name]
         except KeyError as error:
-            raise CheckpointError(f"{directory / ADAPTER} does not fit the model: it lacks {error}") from error
-        attach(module, Branch(up, down, length=down.shape[1] // down.shape[0]))
+            raise CheckpointError(f"{directory / ADAPTER} lacks {error}") from error
+        branches[name] = Branch(up, down, length=down.shape[1] // down.shape[0])
+    return branches
 
 
 def adapter_notes(branches: Mapping[str, Branch], size: int) -> Sequence[str]:

@@ -97,10 +97,7 @@ class QuantizedFiles(Mapping[str, LinearState]):
             KeyError: There is no such linear.
             CheckpointError: Its tensors are incomplete or do not fit the configuration.
         """
-        if name not in self._stems:
-            raise KeyError(name)
-        parts = [part for part in self.storage.parts if f"{name}.{part}" in self._files]
-        found = {part: self.tensor(f"{name}.{part}").to(self._device) for part in parts}
+        found = {part: value.to(self._device) for part, value in self.parts(name).items()}
         try:
             quantized = self.storage.unpack(found, self.setting)
             told = self.storage.mask(found)
@@ -115,6 +112,17 @@ class QuantizedFiles(Mapping[str, LinearState]):
         if told is not None and bool((weight[~told] != 0).any()):
             raise CheckpointError(f"{self.directory}: {name}: weights that its mask calls pruned are not zero")
         return LinearState(name, weight, told, quantized)
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one linear as they are stored, by suffix.
+
+        Raises:
+            KeyError: There is no such linear.
+            CheckpointError: A file is damaged.
+        """
+        if name not in self._stems:
+            raise KeyError(name)
+        return {part: self.tensor(f"{name}.{part}") for part in self.storage.parts if f"{name}.{part}" in self._files}
 
     def plain(self) -> dict[str, Path]:
         """The tensors that are no part of a quantized linear, and the files that hold them."""

@@ -118,10 +118,17 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """The device a recipe names; `auto` is CUDA when there is one."""
+    """The device a recipe names; `auto` is CUDA when there is one.
+
+    Raises:
+        ModelError: There is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is not one of auto, cpu, cuda, cuda:0 and so on") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda is asked for and torch sees none")
     return device

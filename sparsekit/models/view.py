@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import HOST, BlockState, Stored
 from sparsekit.errors import ModelError
+from sparsekit.formats.base import Setting, Storage
 from sparsekit.models.arch import Origin, canonicalise
 from sparsekit.models.groups import Producer, find_producers, shared_inputs
 from sparsekit.models.locate import device_of, dtype_of, locate, offline, skeleton
@@ -145,6 +146,10 @@ class ModelView:
         modules = self.module.get_submodule(block).named_modules(prefix=block)
         return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
+    def parameters(self, index: int) -> list[str]:
+        """The parameters of a block by full path."""
+        return [name for name in self._shapes if name.startswith(f"{self.blocks[index]}.")]
+
     def ledger(self) -> list[LedgerRow]:
         """Every parameter tensor and whether a step can reach it."""
         linears = {f"{name}.weight": name for index in range(len(self.blocks)) for name in self.linears(index)}
@@ -175,9 +180,7 @@ class ModelView:
         linears = {f"{name}.weight": name for name in self.linears(index)}
         tensors: dict[str, Tensor] = {}
         integers: dict[str, LinearState] = {}
-        for name in self._shapes:
-            if not name.startswith(f"{self.blocks[index]}."):
-                continue
+        for name in self.parameters(index):
             stored = None
             if name in linears:
                 origin = self._origins.get(name, Origin(name))
@@ -198,6 +201,17 @@ class ModelView:
             return block
 
         return Stored(tensors, states)
+
+    def integers(self, linear: str) -> tuple[Storage, Setting, dict[str, Tensor]] | None:
+        """The tensors of a quantized linear as the model's files have them, on the host; None when it is not one."""
+        weight = f"{linear}.weight"
+        stem = self._weights.stem(self._origins.get(weight, Origin(weight)).name)
+        held = self._weights.quantized
+        return None if stem is None or held is None else (held.storage, held.setting, held.parts(stem))
+
+    def place(self, name: str) -> None:
+        """Put one parameter on the device as the model's files have it."""
+        self._place(name, self._read(name))
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors outside the blocks as they stand, tied ones once."""

@@ -113,6 +113,10 @@ class Weights:
             raise ModelError(f"{self.directory}: {name} holds integers {found}, the model expects {list(shape)}")
         return replace(state, name=linear)
 
+    def stem(self, name: str) -> str | None:
+        """What a weight of the Hugging Face model is called in `quantized`, or None when it is stored as values."""
+        return self._stems.get(name)
+
     def read(self, name: str, shape: Iterable[int]) -> Tensor:
         """One tensor, on the host, in its stored dtype.
 

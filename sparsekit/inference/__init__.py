@@ -1,0 +1,1 @@
+"""Running a compressed model from its packed weights: storage, linears, loading, generation."""

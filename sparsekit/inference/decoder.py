@@ -1,0 +1,185 @@
+"""One token after another from a transformers model: static cache, and on CUDA the whole step as one graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+WARM = 2  # steps before a capture: the first may compile kernels and allocate workspaces
+
+
+class Decoder:
+    """The steps of a generation, for prompts of one length.
+
+    Everything a step reads and writes stays where it is: token, position, cache, logits. A step looks up no value
+    on the host, and its shapes never change, so CUDA can record it once and repeat it. The most likely token is
+    chosen in the step; `choose` may put another in its place.
+
+    Attributes:
+        token: int64 [batch, 1], what the next step reads.
+        logits: float32 [batch, vocabulary] after the last token.
+        eager: Why steps do not run as a CUDA graph; empty where they do, and before `capture`.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int, batch: int = 1) -> None:
+        """Set buffers aside.
+
+        Args:
+            model: In eval mode.
+            context: Tokens that prompt and answer may have together.
+            batch: Prompts at once.
+        """
+        self.model = model
+        self.device = model.device
+        self.eager = ""
+        parameters = inspect.signature(type(model).forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # the name before transformers 5.2x
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._cache = static_cache(model, context)
+        self._plain = all(type(layer) is StaticLayer for layer in self._cache.layers)
+        self._mask = torch.ones(batch, context, dtype=torch.long, device=self.device)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self._position = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self.logits = torch.empty(batch, model.get_output_embeddings().weight.shape[0], device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor) -> None:
+        """Read prompts, int64 [batch, length]; may be called again for others.
+
+        They are read as transformers does it, with a cache that grows, and their keys and values are copied: a
+        static cache would make each of them look at all the places still empty.
+        """
+        tokens = tokens.to(self.device)
+        length = tokens.shape[1]
+        if self._plain:
+            growing = DynamicCache()
+            logits = self._forward(tokens, growing)
+            for layer, found in zip(self._cache.layers, growing.layers, strict=True):
+                if not layer.is_initialized:
+                    layer.lazy_initialization(found.keys, found.values)
+                layer.keys[:, :, :length].copy_(found.keys)
+                layer.values[:, :, :length].copy_(found.values)
+                layer.cumulative_length.fill_(length)
+                found.keys = found.values = None  # two caches at once, but only of one layer
+        else:
+            self._cache.reset()
+            logits = self._forward(tokens, self._cache)
+        self._settle(logits)
+        self._position.fill_(length)
+
+    def _forward(self, tokens: Tensor, cache: DynamicCache | StaticCache, mask: Tensor | None = None) -> Tensor:
+        """Logits of the last token, [batch, vocabulary]."""
+        places = None if mask is None else self._position
+        held = {self._cache_name: cache, **self._last_only}
+        output = self.model(
+            input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, return_dict=True, **held
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _settle(self, logits: Tensor) -> None:
+        self.logits.copy_(logits)
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._settle(self._forward(self.token, self._cache, self._mask))
+        self._position.add_(1)
+
+    def capture(self) -> None:
+        """Record the step as a CUDA graph, once; where that is not possible `eager` says why.
+
+        The steps of the warm-up write behind the prompt, where the next real ones write over them.
+        """
+        if self._graph is not None or self.eager:
+            return
+        if self.device.type != "cuda":
+            self.eager = "CUDA graphs need CUDA"
+        elif not self._plain:
+            kinds = ", ".join({type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__})
+            self.eager = f"layers of its cache count on the host ({kinds})"
+        else:
+            self._record()
+
+    def _record(self) -> None:
+        token, logits, position = self.token.clone(), self.logits.clone(), self._position.clone()
+        length = int(position[0])
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM):
+                    self._step()
+                    self._rewind(length, token, position)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self._graph = graph
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.device)
+            self.eager = f"the step cannot be recorded: {str(error).partition(chr(10))[0]}"
+        self._rewind(length, token, position)
+        self.logits.copy_(logits)
+
+    def _rewind(self, length: int, token: Tensor, position: Tensor) -> None:
+        """Forget what steps after the prompt wrote."""
+        for layer in self._cache.layers:
+            layer.cumulative_length.fill_(length)
+        self.token.copy_(token)
+        self._position.copy_(position)
+
+    def step(self) -> None:
+        """Read `token`; `logits` and `token` are then those after it."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+
+    @torch.no_grad()
+    def choose(self, temperature: float, generator: torch.Generator) -> None:
+        """Draw the next token in place of the most likely one; a given seed gives the same tokens every time.
+
+        The probabilities are divided by exponential variates and the largest quotient wins, which draws from them
+        and, unlike `torch.multinomial`, asks for nothing on the host.
+        """
+        chances = torch.softmax(self.logits / temperature, -1)
+        waits = torch.empty_like(chances).exponential_(generator=generator)
+        self.token.copy_((chances / waits).argmax(-1, keepdim=True))
+
+    def read(self) -> Callable[[], list[int]]:
+        """The tokens of the batch as they are now, waited for only when the result is called."""
+        if self.device.type != "cuda":
+            there: list[int] = self.token[:, 0].tolist()
+            return lambda: there
+        host = torch.empty(len(self.token), dtype=torch.long, pin_memory=True)
+        host.copy_(self.token[:, 0], non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            tokens: list[int] = host.tolist()
+            return tokens
+
+        return wait
+
+
+def static_cache(model: PreTrainedModel, context: int) -> StaticCache:
+    """A static cache of full length for every layer that attends.
+
+    Layers with a sliding window get one too: transformers' own for them counts tokens on the host, which a CUDA
+    graph cannot repeat. Their mask hides what is beyond the window; the price is memory.
+    """
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    cache.layers = [
+        StaticLayer(max_cache_len=context) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
