@@ -2,61 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sparsekit import __version__
-from sparsekit.errors import SparsekitError
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as a batch system sends it before the end of a job."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that locks are given back and half-written files removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what signals do
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Show a named error as one message and its exit code; a traceback only with -v."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with _terminable():
-                return command(*args, **kwargs)
-        except SparsekitError as error:
-            if click.get_current_context().find_root().params.get("verbose"):
-                raise
-            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(error), err=True)
-            sys.exit(error.exit_code)
-        except (KeyboardInterrupt, _Terminated) as error:
-            click.echo("\nstopped; what was finished is kept, run the same command to continue", err=True)
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 143)
-
-    return wrapped
+from sparsekit.terminal.exits import named_errors
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,7 +52,7 @@ _trust = click.option(
 @_plugin
 @_trust
 @click.option("--dry-run", is_flag=True, help="Check the recipe against the model, print the plan and stop.")
-@_named_errors
+@named_errors
 def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], trust: bool, dry_run: bool) -> None:
     """Run RECIPE, or continue it where it stopped."""
     from rich.console import Console
@@ -123,7 +76,7 @@ def run(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], tru
 @_plugin
 @_trust
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, every layer and every part.")
-@_named_errors
+@named_errors
 def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], trust: bool, as_json: bool) -> None:
     """Predict what RECIPE does to each layer, and its memory, disk and time, without reading weights."""
     import json
@@ -148,7 +101,7 @@ def plan(recipe: Path, overrides: tuple[str, ...], plugins: tuple[Path, ...], tr
 @_plugin
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the comparison; default runs/NAME.")
 @click.option("--deploy", is_flag=True, help="Measure the speed of every arm on this device too.")
-@_named_errors
+@named_errors
 def compare(
     sources: tuple[Path, ...], overrides: tuple[str, ...], plugins: tuple[Path, ...], out: Path | None, deploy: bool
 ) -> None:
@@ -165,7 +118,7 @@ def compare(
 @main.command()
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--deploy", is_flag=True, help="Measure bytes, memory and speed on this device, and add the card.")
-@_named_errors
+@named_errors
 def report(run_directory: Path, deploy: bool) -> None:
     """Write the report of a finished RUN again, with a deploy card if asked for."""
     from rich.console import Console
@@ -184,7 +137,7 @@ def report(run_directory: Path, deploy: bool) -> None:
 @click.argument("model")
 @click.option("--pattern", help="Count violations of this pattern, as in 2:4; default: what most sparse layers hold.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, layer by layer.")
-@_named_errors
+@named_errors
 def inspect(model: str, pattern: str | None, as_json: bool) -> None:
     """Show MODEL as sparsekit sees it: blocks, groups, and the pattern, bits and violations of its layers."""
     import json
@@ -204,7 +157,7 @@ def inspect(model: str, pattern: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("name", required=False)
 @_plugin
-@_named_errors
+@named_errors
 def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
     """List the methods, or show one with its parameters."""
     from rich.console import Console
@@ -220,7 +173,7 @@ def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
 
 @main.command()
 @_plugin
-@_named_errors
+@named_errors
 def schema(plugins: tuple[Path, ...]) -> None:
     """Print the JSON Schema of recipes, for editors."""
     import json
@@ -237,7 +190,7 @@ def schema(plugins: tuple[Path, ...]) -> None:
 @click.argument("name")
 @_plugin
 @click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A parameter of the method.")
-@_named_errors
+@named_errors
 def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None:
     """Try the promises every method makes on method NAME."""
     from rich.console import Console
@@ -261,7 +214,7 @@ def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None
 @click.option("--small", is_flag=True, help="A block that a CPU compresses in seconds, not Llama-2-7B's.")
 @click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@_named_errors
+@named_errors
 def bench(small: bool, device: str, as_json: bool) -> None:
     """Time SparseGPT and GPTQ of one block beside the papers' column recursion."""
     import json
@@ -290,7 +243,7 @@ def bench(small: bool, device: str, as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
 @click.option("--dtype", default="auto", help="What is computed in; the checkpoint's own, on a CPU float32.")
 @click.option("--stats", "with_stats", is_flag=True, help="Print time to first token, tokens per second and memory.")
-@_named_errors
+@named_errors
 def generate(
     directory: str,
     prompt: str,
@@ -304,49 +257,35 @@ def generate(
 ) -> None:
     """Go on from a prompt with the model in DIRECTORY, its weights packed as they are on disk."""
     try:
-        _generate(directory, prompt, max_tokens, temperature, seed, chat, device, dtype, with_stats)
+        from functools import partial
+
+        from sparsekit.data import load_tokenizer
+        from sparsekit.inference.generate import Stats, prompt_tokens, stream
+        from sparsekit.inference.load import forms_of, load_model
+        from sparsekit.models.locate import locate
+        from sparsekit.terminal.generate import stats_lines, write_text
+
+        tokenizer = load_tokenizer(locate(directory), trust_remote_code=False)
+        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+        loaded, stats = load_model(directory, device=device, dtype=dtype), Stats()
+        for note in loaded.notes:
+            click.echo(f"note: {note}", err=True)
+        coming = stream(loaded.model, tokens, max_tokens=max_tokens, temperature=temperature, seed=seed, stats=stats)
+        try:
+            write_text(coming, tokenizer, partial(click.echo, nl=False))
+        finally:
+            for line in stats_lines(stats, forms_of(loaded.model)) if with_stats and stats.tokens else ():
+                click.echo(line, err=True)
     except KeyboardInterrupt:  # nothing is kept that could be continued
         click.echo("stopped", err=True)
         sys.exit(130)
-
-
-def _generate(
-    directory: str,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    device: str,
-    dtype: str,
-    with_stats: bool,
-) -> None:
-    from functools import partial
-
-    from sparsekit.data import load_tokenizer
-    from sparsekit.inference.generate import Stats, prompt_tokens, stream
-    from sparsekit.inference.load import forms_of, load_model
-    from sparsekit.models.locate import locate
-    from sparsekit.terminal.generate import stats_lines, write_text
-
-    tokenizer = load_tokenizer(locate(directory), trust_remote_code=False)
-    tokens = prompt_tokens(tokenizer, prompt, chat=chat)
-    loaded, stats = load_model(directory, device=device, dtype=dtype), Stats()
-    for note in loaded.notes:
-        click.echo(f"note: {note}", err=True)
-    coming = stream(loaded.model, tokens, max_tokens=max_tokens, temperature=temperature, seed=seed, stats=stats)
-    try:
-        write_text(coming, tokenizer, partial(click.echo, nl=False))
-    finally:
-        for line in stats_lines(stats, forms_of(loaded.model)) if with_stats and stats.tokens else ():
-            click.echo(line, err=True)
 
 
 @main.command("new-method")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here.")
-@_named_errors
+@named_errors
 def new_method(name: str, kind: Any, directory: Path) -> None:
     """Write a working plugin NAME.py and its test."""
     from sparsekit.testing import scaffold

@@ -117,6 +117,12 @@ def test_packed_weights_are_exactly_the_integers(sparse, shape, monkeypatch):
     torch.testing.assert_close(multiply_reference(x, held), x @ expected.t(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_bits_are_the_same_weights_at_four(bits):
+    weight = integers(16, 64, 32, sparse=True, bits=bits)
+    assert torch.equal(dequantize(pack(weight), torch.float32), weight.dequantize())
+
+
 def test_rows_below_each_other_are_one_weight():
     torch.manual_seed(0)
     weights = [integers(out, 64, 32, sparse=True) for out in (8, 16, 24)]
@@ -130,7 +136,7 @@ def test_rows_below_each_other_are_one_weight():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"bits": 3}, "3 bits"),
+        ({"bits": 5}, "5 bits"),
         ({"symmetric": False}, "asymmetric"),
         ({"columns": 36, "size": 36}, "not a multiple of 8"),
     ],

@@ -22,6 +22,7 @@ from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 
 CHUNK = 1 << 20  # weights dequantized at once: 4 MiB of float32, which stays in a cache
+BITS = 4
 ZERO = 8  # the code that stands for 0
 
 
@@ -103,8 +104,8 @@ def stacked(weights: Sequence[PackedWeight]) -> PackedWeight:
 
 def why_not_packed(weight: QuantizedWeight) -> str | None:
     """Why integers have no packed form here, or None."""
-    if weight.bits != 4:
-        return f"{weight.bits} bits, packed are 4"
+    if weight.bits > BITS:
+        return f"{weight.bits} bits, packed are {BITS}"
     if not weight.symmetric:
         return "asymmetric, packed are zero-points of 8"
     if permuted(weight):
@@ -115,7 +116,11 @@ def why_not_packed(weight: QuantizedWeight) -> str | None:
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
-    """Pack integers that `why_not_packed` has nothing against: sparse where they hold 2:4, else dense."""
+    """Pack integers that `why_not_packed` has nothing against: sparse where they hold 2:4, else dense.
+
+    Fewer bits than 4 take 4 here.
+    """
+    weight = replace(weight, codes=weight.codes + (ZERO - 2 ** (weight.bits - 1)), bits=BITS)
     scales = weight.scale if weight.scale.dtype in (torch.float16, torch.bfloat16) else weight.scale.half()
     sparse, shape = Sparse24(), (weight.codes.shape[0], weight.codes.shape[1])
     if sparse.obstacle(LinearState("", weight.scale, quantized=weight), "v1") is None:

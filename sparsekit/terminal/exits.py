@@ -1,0 +1,57 @@
+"""How a command ends: named errors as one message, signals as an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import click
+
+from sparsekit.errors import SparsekitError
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as a batch system sends it before the end of a job."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that locks are given back and half-written files removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what signals do
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a named error as one message and its exit code; a traceback only with -v."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _terminable():
+                return command(*args, **kwargs)
+        except SparsekitError as error:
+            if click.get_current_context().find_root().params.get("verbose"):
+                raise
+            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(str(error), err=True)
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, _Terminated) as error:
+            click.echo("\nstopped; what was finished is kept, run the same command to continue", err=True)
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 143)
+
+    return wrapped
