@@ -25,6 +25,8 @@ _EXPORTS = {
     "model_method": "registry",
     "allocation_method": "registry",
     "Measured": "allocate",
+    "export_format": "formats",
+    "Setting": "formats.base",
     "Method": "registry",
     "METHODS": "registry",
     "Recipe": "recipe",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
     from sparsekit.errors import SparsekitError as SparsekitError
     from sparsekit.inference.load import load as load
+    from sparsekit.formats import export_format as export_format
+    from sparsekit.formats.base import Setting as Setting
     from sparsekit.interchange.imports import load_quantized as load_quantized
     from sparsekit.pattern import Pattern as Pattern
     from sparsekit.quant import Grid as Grid, QuantizedWeight as QuantizedWeight

@@ -159,16 +159,23 @@ def inspect(model: str, pattern: str | None, as_json: bool) -> None:
 @_plugin
 @named_errors
 def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
-    """List the methods, or show one with its parameters."""
+    """List the methods and export formats, or show what is called NAME."""
     from rich.console import Console
 
+    from sparsekit.formats import FORMATS
     from sparsekit.registry import METHODS
-    from sparsekit.terminal.console import method_page, methods_table
+    from sparsekit.terminal.console import method_page, methods_table, shelf_page, shelves_table
 
     for path in plugins:
         METHODS.load_path(path)
-    console = Console()
-    console.print(method_page(METHODS.get(name)) if name else methods_table(METHODS), highlight=False)
+    shelves, console = (FORMATS,), Console()
+    if name is None:
+        console.print(methods_table(METHODS), "", shelves_table(shelves), sep="\n", highlight=False)
+        return
+    pages = [shelf_page(shelf.noun, shelf[name]) for shelf in shelves if name in shelf]
+    if name in METHODS.names() or not pages:
+        pages.insert(0, method_page(METHODS.get(name)))
+    console.print(*pages, sep="\n\n", highlight=False)
 
 
 @main.command()

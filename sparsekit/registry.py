@@ -98,9 +98,14 @@ class Method:
 
 
 class Registry:
-    """Methods by name; loads what a name needs when it is first asked for."""
+    """Methods by name; loads what a name needs when it is first asked for.
+
+    Attributes:
+        arrivals: Things registered so far, those on a `sparsekit.shelf` too.
+    """
 
     def __init__(self) -> None:
+        self.arrivals = 0
         self._methods: dict[str, Method] = {}
         self._loaded: set[str] = set()
 
@@ -116,6 +121,7 @@ class Registry:
         if not known and method.name in BUILT_IN and not method.origin.startswith("sparsekit.methods."):
             raise PluginError(f"method {method.name!r} of {method.origin} has the name of a built-in method")
         self._methods[method.name] = method
+        self.arrivals += 1
 
     def get(self, name: str) -> Method:
         """Look a method up.
@@ -152,7 +158,7 @@ class Registry:
             return
         if not path.is_file():
             raise PluginError(f"plugin {path} is not a file")
-        before = set(self._methods)
+        before = self.arrivals
         module_name = f"sparsekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
@@ -165,8 +171,8 @@ class Registry:
             raise
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; its file is what to name
             raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
-        if set(self._methods) == before:
-            raise PluginError(f"plugin {path} registers no method; decorate a function with @sparsekit.linear_method")
+        if self.arrivals == before:
+            raise PluginError(f"plugin {path} registers nothing; decorate a function with @sparsekit.linear_method")
         self._loaded.add(str(path))
 
     def load_entry_points(self) -> None:

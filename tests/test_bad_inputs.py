@@ -251,7 +251,7 @@ PLUGINS: list[tuple[str, Spoil, str]] = [
     ("plugin fails", plugin("1 / 0"), "ZeroDivisionError"),
     ("plugin leaves", plugin("import sys\nsys.exit(0)"), "SystemExit"),
     ("plugin needs what is not there", plugin("import no_such_module"), "no_such_module"),
-    ("plugin registers nothing", plugin("x = 1"), "registers no method"),
+    ("plugin registers nothing", plugin("x = 1"), "registers nothing; decorate"),
     ("plugin is no file of Python", plugin("x = 1", "own.txt"), "not a Python file"),
     ("built-in name", method(f"({STATE}) -> sk.LinearState", '@sk.linear_method("gptq", kind="prune")'), "gptq"),
     ("bad name", method(f"({STATE}) -> sk.LinearState", '@sk.linear_method("Own!", kind="prune")'), "lower case"),

@@ -23,6 +23,7 @@ from sparsekit.formats.packing import WORD, pack_rows, unpack_rows
 from sparsekit.formats.reading import SCALES, assembled, check_shape, groups_of, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output held by each nibble of a word
@@ -135,4 +136,4 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     return [*notes, EngineNote("auto-gptq 0.7.1 with Transformers 4.57", "not checked", refusal)]
 
 
-FORMAT = Format("awq", Awq(), _engines)
+FORMAT = Format("awq", Awq(), _engines, Origin.of(Awq), __doc__)

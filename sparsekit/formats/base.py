@@ -13,6 +13,7 @@ from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 _NAMED = 4  # layers an error message names
@@ -107,11 +108,15 @@ class Format:
         name: In recipes, and of the directory.
         storage: How it stores integers; None stores every value as it is.
         engines: Who reads it with a setting; the setting is None without integers.
+        origin: Where it was defined.
+        doc: About it; the first line is its summary.
     """
 
     name: str
     storage: Storage | None
     engines: Callable[[Setting | None], list[EngineNote]]
+    origin: Origin
+    doc: str | None
 
 
 def find_setting(storage: Storage, blocks: Iterable[tuple[BlockState, set[str]]], layout: str = "auto") -> Setting:

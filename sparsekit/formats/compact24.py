@@ -48,6 +48,7 @@ from sparsekit.formats.fours import (
 from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
@@ -234,4 +235,4 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     ]
 
 
-FORMAT = Format("sparsekit-24-compact", Compact24(), _engines)
+FORMAT = Format("sparsekit-24-compact", Compact24(), _engines, Origin.of(Compact24), __doc__)

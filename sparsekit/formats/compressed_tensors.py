@@ -27,6 +27,7 @@ from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
 from sparsekit.formats.reading import SCALES, assembled, check_shape, groups_of, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 BITS = (4, 8)  # 2 bits would pack the same way and have no engine; 3 bits pack ten to a word here
@@ -179,4 +180,4 @@ def _vllm(setting: Setting) -> EngineNote:
     return EngineNote(engine, "not checked", "Only 4-bit symmetric weights with all linears quantized were tried.")
 
 
-FORMAT = Format("compressed-tensors", PackQuantized(), _engines)
+FORMAT = Format("compressed-tensors", PackQuantized(), _engines, Origin.of(PackQuantized), __doc__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsekit.formats.base import Format, Setting
 from sparsekit.interchange.engines import EngineNote
+from sparsekit.shelf import Origin
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:
@@ -22,4 +23,4 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     ]
 
 
-FORMAT = Format("dense", None, _engines)
+FORMAT = Format("dense", None, _engines, Origin.of(_engines), __doc__)

@@ -24,6 +24,7 @@ from sparsekit.formats.packing import WORD, pack_rows, unpack_rows
 from sparsekit.formats.reading import SCALES, assembled, check_shape, groups_of, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 PACKABLE_BITS = (2, 3, 4, 8)  # 5, 6 and 7 bits have no layout that a GPTQ reader knows
@@ -213,4 +214,4 @@ def _vllm(setting: Setting) -> EngineNote:
     return EngineNote(engine, "loads", "Checked on CPU. It runs as ordinary int4: the 2:4 zeros bring no speed there.")
 
 
-FORMAT = Format("gptq", Gptq(), _engines)
+FORMAT = Format("gptq", Gptq(), _engines, Origin.of(Gptq), __doc__)

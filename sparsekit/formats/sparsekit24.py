@@ -30,6 +30,7 @@ from sparsekit.formats.fours import crowded, grid_tensors, mask_of, places_of, q
 from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
@@ -139,4 +140,4 @@ def _engines(setting: Setting | None) -> list[EngineNote]:
     ]
 
 
-FORMAT = Format("sparsekit-24", Sparse24(), _engines)
+FORMAT = Format("sparsekit-24", Sparse24(), _engines, Origin.of(Sparse24), __doc__)

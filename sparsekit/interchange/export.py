@@ -124,6 +124,7 @@ def export_as(
         bits_per_weight=tally.bits_per_weight,
         linears=tally.linears,
         engines=tuple(storage_format.engines(setting)),
+        origin=storage_format.origin,
         notes=tuple(notes),
         files=files,
     )

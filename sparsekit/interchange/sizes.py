@@ -13,6 +13,7 @@ from sparsekit.checkpoint import pack_mask
 from sparsekit.errors import CheckpointError, PatternError
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.pattern import Pattern
+from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 from sparsekit.verify import labelled
 
@@ -84,6 +85,7 @@ class ExportReport:
         bits_per_weight: Stored bits of a quantized weight with its scales; None without any.
         linears: The linears inside the blocks alone.
         engines: Who loads it and who does not.
+        origin: Where the format was defined.
         notes: What went out of the ordinary.
         files: Size and sha256 of each weight file.
     """
@@ -95,6 +97,7 @@ class ExportReport:
     bits_per_weight: float | None
     linears: LinearBytes
     engines: tuple[EngineNote, ...]
+    origin: Origin
     notes: tuple[str, ...] = ()
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -114,6 +117,7 @@ class ExportReport:
             "engines": [note.as_dict() for note in self.engines],
             "notes": list(self.notes),
             "files": {name: dict(about) for name, about in self.files.items()},
+            **({} if self.origin.built_in else {"plugin": self.origin.as_dict()}),
         }
 
 

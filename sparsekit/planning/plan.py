@@ -21,9 +21,11 @@ import torch
 from sparsekit import __version__
 from sparsekit.checkpoint import sha256_file
 from sparsekit.errors import CoverageError, RecipeError, nearest
+from sparsekit.formats import FORMATS
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe import Recipe, Step
+from sparsekit.shelf import foreign_code
 
 FULL_DIGEST_BYTES = 8 * 2**30  # weight files beyond this are told apart by header, size and date
 
@@ -139,7 +141,8 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     coverage = _coverage(view, steps)
     if coverage.share < recipe.coverage:
         raise CoverageError(_uncovered(coverage, recipe.coverage))
-    return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps)])
+    formats = {f"export {name}": FORMATS[name] for name in recipe.export.formats}
+    return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps), *foreign_code(formats)])
 
 
 def _foreign_code(steps: Sequence[PlannedStep]) -> list[str]:

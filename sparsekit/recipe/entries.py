@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from sparsekit.errors import nearest
 from sparsekit.formats import FORMATS
@@ -43,13 +43,20 @@ def _device(value: Any) -> Any:
 
 
 def _format(value: Any) -> Any:
-    if value not in FORMATS:
+    if not isinstance(value, str) or value not in FORMATS:
         hint = nearest(value, FORMATS) if isinstance(value, str) else ""
         raise ValueError(f"format {value!r} is not one of {', '.join(FORMATS)}.{hint}")
     return value
 
 
-Format = Annotated[str, BeforeValidator(_format), WithJsonSchema({"enum": list(FORMATS)})]
+class _FormatNames:
+    """The JSON Schema of a format's name, with those of plugins that are loaded when somebody asks."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(FORMATS)}
+
+
+Format = Annotated[str, BeforeValidator(_format), _FormatNames()]
 Text = Annotated[str, StringConstraints(min_length=1)]
 FileName = Annotated[str, BeforeValidator(_file_name)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

@@ -20,6 +20,7 @@ from sparsekit.recipe import Recipe
 from sparsekit.registry import Method
 from sparsekit.reporting.numerals import duration as duration
 from sparsekit.reporting.numerals import megabytes
+from sparsekit.shelf import Named, Shelf
 from sparsekit.testing import Outcome
 
 TOLD = {"codes": "codes", "positions": "positions", "scales": "scales", "zeros": "zero-points", "dense": "dense"}
@@ -170,6 +171,23 @@ def methods_table(methods: Iterable[Method]) -> Table:
         needs = "training text" if method.scope == "model" else ""
         table.add_row(method.name, method.kind, needs or ("calibration text" if method.stats else ""), method.summary)
     return table
+
+
+def shelves_table(shelves: Iterable[Shelf[Any]]) -> Table:
+    """Export formats and whatever else plugins may bring, in a line each."""
+    table = Table(box=None, padding=(0, 2))
+    for title in ("name", "kind", "what it is"):
+        table.add_column(title)
+    for shelf in shelves:
+        for thing in shelf.values():
+            table.add_row(thing.name, shelf.noun, (thing.doc or "").partition("\n")[0])
+    return table
+
+
+def shelf_page(noun: str, thing: Named) -> Group:
+    """One of them: what its author says, and where it comes from."""
+    head = Text.assemble((thing.name, "bold"), f"  {noun}\n")
+    return Group(head, Text((thing.doc or "").strip()), Text(f"\nLoaded from {thing.origin.place}"))
 
 
 def method_page(method: Method) -> Group:
