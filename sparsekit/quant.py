@@ -3,6 +3,10 @@
 A grid belongs to a group of consecutive inputs of one row. A code q in 0..2^bits-1 stands for
 `(q - zero) * scale`; zero-points are integers and every range includes 0, so that a pruned
 weight is stored exactly.
+
+A kept weight of an N:M pattern is told from a pruned one by its place and needs no level at 0. An `odd`
+grid of b bits has the levels ±1, ±3, ..., ±(2^(b-1) - 1) for kept weights and 0 for pruned ones: it is
+an ordinary symmetric grid whose kept codes are all odd, so that b - 1 bits tell a kept one.
 """
 
 from __future__ import annotations
@@ -26,23 +30,28 @@ class Grid:
         scale: Positive step, already rounded to the stored precision (float16), kept as float32.
         zero: Integer zero-point in 0..2^bits-1, float32 for arithmetic. Same shape as `scale`.
         bits: 2 to 8.
+        odd: Kept weights take odd levels only; see the module.
     """
 
     scale: Tensor
     zero: Tensor
     bits: int
+    odd: bool = False
 
     @classmethod
-    def fit(cls, weight: Tensor, bits: int, *, symmetric: bool = True, mse: bool = False) -> Grid:
+    def fit(cls, weight: Tensor, bits: int, *, symmetric: bool = True, mse: bool = False, odd: bool = False) -> Grid:
         """Choose the grid of each group.
 
         Symmetric: scale = 2 max|w| / (2^bits - 1), zero = 2^(bits-1), that is levels -8..7 at
         4 bits (AutoGPTQ's grid). The maximum is taken over |w| always; the reference mirrors only
         rows that have a negative value, which clips one-sided groups to 7/15 of their range.
         Asymmetric: the range is widened to hold 0, and the zero-point is an integer.
+        Odd: scale = max|w| / (2^(bits-1) - 1), zero = 2^(bits-1). Exact zeros count as pruned: they
+        have no part in the search.
 
         Args:
             weight: [..., group], float32; one grid for each leading index.
+            symmetric: Must be so for odd levels.
             mse: Search 80 shrunken ranges for the least sum of |error|^2.4 (GPTQ reference).
         Returns:
             Grid with `scale` and `zero` of shape [...].
@@ -51,23 +60,23 @@ class Grid:
             from sparsekit.kernels.oneshot import fit_kernel  # noqa: PLC0415 - the kernels know grids
 
             if kernel := fit_kernel("auto", weight):
-                return cls(*kernel(weight, bits, symmetric, mse), bits)
-        return cls.fit_reference(weight, bits, symmetric=symmetric, mse=mse)
+                return cls(*kernel(weight, bits, symmetric, mse, odd), bits, odd)
+        return cls.fit_reference(weight, bits, symmetric=symmetric, mse=mse, odd=odd)
 
     @classmethod
-    def fit_reference(cls, weight: Tensor, bits: int, *, symmetric: bool, mse: bool) -> Grid:
+    def fit_reference(cls, weight: Tensor, bits: int, *, symmetric: bool, mse: bool, odd: bool = False) -> Grid:
         """`fit` in plain torch: what runs on a CPU, and what the kernel is tested against."""
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        best = cls._of_range(low, high, bits, symmetric)
+        best = cls._of_range(low, high, bits, symmetric, odd)
         if not mse:
             return best
         loss = best._loss(weight)
         for i in range(1, MSE_STEPS):
             shrink = 1 - i / 100
-            trial = cls._of_range(low * shrink, high * shrink, bits, symmetric)
+            trial = cls._of_range(low * shrink, high * shrink, bits, symmetric, odd)
             trial_loss = trial._loss(weight)
             better = trial_loss < loss
             loss = torch.where(better, trial_loss, loss)
@@ -79,29 +88,43 @@ class Grid:
         return best
 
     @classmethod
-    def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
+    def of_scale(cls, scale: Tensor, bits: int, *, odd: bool = False) -> Grid:
+        """The symmetric grid of a step that is stored already."""
+        return cls(scale, torch.full_like(scale, float(2 ** (bits - 1))), bits, odd)
+
+    @classmethod
+    def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool, odd: bool) -> Grid:
         """The grid that spans [low, high]; an empty range gets the step 1."""
-        levels = 2**bits - 1
+        levels = 2**bits - (2 if odd else 1)  # the lowest odd one is -(2^(bits-1) - 1)
         step = (high - low) / levels
         step = torch.where(step > 0, step, torch.ones_like(step))
         scale = store_scale(step)
         if symmetric:
-            zero = torch.full_like(scale, float(2 ** (bits - 1)))
-        else:
-            zero = torch.round(-low / scale).clamp(0, levels)
-        return cls(scale, zero, bits)
+            return cls.of_scale(scale, bits, odd=odd)
+        return cls(scale, torch.round(-low / scale).clamp(0, levels), bits)
 
     def _loss(self, weight: Tensor) -> Tensor:
-        return (self.round(weight) - weight).abs().pow(MSE_NORM).sum(-1)
+        return (self.round(weight, weight != 0 if self.odd else None) - weight).abs().pow(MSE_NORM).sum(-1)
 
-    def encode(self, weight: Tensor) -> Tensor:
-        """Nearest codes, float32 integers in 0..2^bits-1; `weight` is [..., group]."""
+    def encode(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Nearest codes, float32 integers in 0..2^bits-1.
+
+        Args:
+            weight: [..., group].
+            kept: bool [..., group]; the others get the code of 0. None where all are kept, or where 0
+                is rounded to 0 anyway, as it is on a grid that is not odd.
+        """
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        return torch.round(weight / scale + zero).clamp(0, 2**self.bits - 1)
+        if self.odd:
+            level = 2 * torch.round((weight / scale - 1) / 2) + 1
+            code = (level + zero).clamp(1, 2**self.bits - 1)
+        else:
+            code = torch.round(weight / scale + zero).clamp(0, 2**self.bits - 1)
+        return code if kept is None else torch.where(kept, code, zero)
 
-    def round(self, weight: Tensor) -> Tensor:
-        """The nearest values the grid can hold."""
-        return (self.encode(weight) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+    def round(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The nearest values the grid can hold; 0 for those that are not `kept`."""
+        return (self.encode(weight, kept) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
 
 
 def store_scale(step: Tensor) -> Tensor:
@@ -122,6 +145,7 @@ class Rounding:
         static: Fit every grid before the sweep, on the given weights and groups in natural order.
             Otherwise a grid is fitted when the sweep reaches its group, on the weights as they are
             then, and groups are runs of columns in sweep order.
+        odd: See the module.
     """
 
     bits: int
@@ -129,10 +153,11 @@ class Rounding:
     symmetric: bool = True
     mse: bool = False
     static: bool = False
+    odd: bool = False
 
     def fit(self, weight: Tensor) -> Grid:
         """One grid for each leading index of a weight [..., group]."""
-        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse)
+        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse, odd=self.odd)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -54,6 +54,7 @@ class Method:
         digest: sha256 of the file that defines it, part of every fingerprint.
         check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
         dense: The linears it is given carry their dense values, `LinearState.dense`.
+        integers: Of a trainer: whether its result is integers, given all parameters. None for never.
     """
 
     name: str
@@ -66,6 +67,11 @@ class Method:
     digest: str
     dense: bool = False
     check: Check | None = None
+    integers: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def quantizes(self, values: Mapping[str, Any]) -> bool:
+        """Whether its result is integers with these parameters; all of them, by name."""
+        return self.kind == "quantize" or (self.integers is not None and self.integers(values))
 
     @property
     def built_in(self) -> bool:
@@ -218,15 +224,22 @@ def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None)
     return _decorator(name, kind, "group", stats)
 
 
-def model_method(name: str, *, kind: Kind, check: Check | None = None) -> Callable[[F], F]:
+def model_method(
+    name: str,
+    *,
+    kind: Kind,
+    check: Check | None = None,
+    integers: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> Callable[[F], F]:
     """Register `f(job: TrainJob, /, *, params) -> Trained`, called once with the whole model.
 
     Args:
         name: What a recipe writes after `method:`.
         kind: See `Method`.
         check: Given all parameters, what is wrong between them: (parameter, message), or None.
+        integers: Given all parameters, whether the result is integers; the step then counts as the quantizer.
     """
-    return _decorator(name, kind, "model", None, check=check)
+    return _decorator(name, kind, "model", None, check=check, integers=integers)
 
 
 def allocation_method(name: str, *, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -245,9 +258,11 @@ def _decorator(
     stats: type[Statistic] | None,
     dense: bool = False,
     check: Check | None = None,
+    integers: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
-        METHODS.register(replace(_method(name, kind, scope, stats, function), dense=dense, check=check))
+        made = _method(name, kind, scope, stats, function)
+        METHODS.register(replace(made, dense=dense, check=check, integers=integers))
         return function
 
     return register

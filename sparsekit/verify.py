@@ -72,6 +72,7 @@ def verified(
     *,
     kind: Kind,
     pattern: Pattern | None,
+    integers: bool = False,
     statistic: Statistic | None = None,
     input_scale: Tensor | None = None,
     seconds: float = 0.0,
@@ -83,6 +84,7 @@ def verified(
         after: The state it returned.
         kind: Of the method; a quantizer may not touch the mask and must return integers.
         pattern: What the layer must hold from now on.
+        integers: The method, a trainer, must return integers.
         statistic: The calibration statistic, for the output error.
         input_scale: [in], when the method rescaled the inputs (AWQ): `after` holds values times it.
         seconds: Time the method took.
@@ -99,6 +101,8 @@ def verified(
         raise MethodError("the method returned values that are not finite", layer=before.name)
     if kind == "quantize":
         _check_quantized(before, after)
+    elif integers and after.quantized is None:
+        raise MethodError("a method that trains integers returned none", layer=before.name)
     _check_branch(before, after)
     violations = _violations(before, after, weight, pattern)
     error, error_of = relative_error(

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 from sparsekit.pattern import Pattern
 from sparsekit.training.distill import IGNORED, Objective, chunked_loss, slice_loss_reference
+from sparsekit.training.grids import rounding_of
 from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
 
@@ -132,6 +133,48 @@ def test_low_precision_state_has_the_references_bits(memory, dtype):
             differing = int((~torch.isclose(found, expected, rtol=1e-5, atol=1e-7)).sum())
             assert differing <= 1 + 0.01 * expected.numel(), key
         fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
+
+
+@pytest.mark.parametrize(
+    ("bits", "levels", "size", "pattern", "memory", "dtype"),
+    [
+        (4, "integer", 8, TWO_OF_FOUR, Memory(), torch.float32),
+        (3, "integer", -1, Pattern(3, 8), Memory(), torch.float32),
+        (2, "odd", 8, TWO_OF_FOUR, Memory(), torch.float32),
+        (1, "odd", -1, Pattern.unstructured(0.0), LEAN, torch.bfloat16),
+    ],
+)
+def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory, dtype, monkeypatch):
+    monkeypatch.setattr("sparsekit.quant.MSE_STEPS", 6)
+    made = pair(dtype, Rule(rounding=rounding_of(bits, size, levels)), pattern, memory=memory)
+    (one, reference), (two, fused) = made
+    for number in range(1, 5):
+        give_gradients((one, two), number)
+        for _, optimizer in made:
+            optimizer.advance(Step(number, lr=1e-2, decay=1e-2, refresh=number % 2 == 0))
+            if number == 1:
+                optimizer.regrid()
+        fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
+        for net, optimizer in made:  # ties and values beyond the range, and no update
+            net.zero_grad()
+            for name in "ab":
+                state = optimizer.state[getattr(net, name).weight]
+                generator = torch.Generator().manual_seed(number)
+                halves = torch.randint(-20, 21, state["dense"].shape, generator=generator) / 2
+                values = halves.reshape(*state["step"].shape, -1) * state["step"].unsqueeze(2)
+                state["dense"].copy_(values.reshape(halves.shape))
+            optimizer.advance(Step(number, lr=0.0))
+        reference.rewrite()
+        for name in "ab":
+            expected, found = getattr(one, name).weight, getattr(two, name).weight
+            # the interpreter cuts bfloat16 off where a device rounds
+            torch.testing.assert_close(found, expected, rtol=0.0 if dtype == torch.float32 else 2**-7, atol=0)
+            assert not torch.signbit(found[found == 0]).any()
+            assert len(expected.unique()) > 2
+    state = fused.state[two.a.weight]
+    state["dense"][0] = float("nan")
+    fused.compute_with(masked=True, rounded=True)
+    assert torch.equal(two.a.weight[0].isnan(), state["mask"][0])  # what is not finite is not made finite
 
 
 def test_parameters_without_a_gradient_stay():

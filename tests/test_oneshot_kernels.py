@@ -119,6 +119,20 @@ def test_grids_are_the_references(symmetric, mse, monkeypatch):
             assert torch.equal(zero, expected.zero)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_odd_grids_are_the_references(bits, monkeypatch):
+    for module in ("sparsekit.quant", "sparsekit.kernels.grids"):
+        monkeypatch.setattr(f"{module}.MSE_STEPS", 6)
+    torch.manual_seed(0)
+    weight = torch.randn(3, 5, 24)
+    weight = weight * Pattern(2, 4).keep(weight.reshape(15, 24).abs()).reshape(weight.shape)
+    weight[1, 1] = 0.0
+    expected = Grid.fit(weight, bits, mse=True, odd=True)
+    scale, zero = fit(weight, bits, True, True, True)
+    assert torch.equal(scale, expected.scale)
+    assert torch.equal(zero, expected.zero)
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(20, 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_references(pattern, dtype):

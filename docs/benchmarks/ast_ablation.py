@@ -225,16 +225,19 @@ def same(old: Mapping[str, Any], name: str, recipe: Recipe, seed: int, tokens: i
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown, an arm and seed a line."""
-    lines = ["| file | arm | seed | tokens | perplexity | to dense | flips from the first mask | seconds | tok/s |"]
-    lines.append("|---" * 9 + "|")
+    columns = ["file", "arm", "seed", "tokens", "bits a weight", "perplexity", "to dense", "flips from the first mask"]
+    columns += ["seconds", "tok/s"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in results["arms"]:
         if "failed" in row:
-            lines.append(f"| {row['file']} | {row['arm']} | {row['seed']} | | {row['failed'][:80]} | | | | |")
+            lines.append(f"| {row['file']} | {row['arm']} | {row['seed']} | | | {row['failed'][:80]} | | | | |")
             continue
         dense = results["dense"][row["text"]]["perplexity"]
         metrics, score = row["metrics"], row["score"]["perplexity"]
+        arm = f"{row['file'].removesuffix('.yaml')} | {row['arm']} | {row['seed']}"
+        bits = f"{metrics['bits_per_weight']:.3f}" if "bits_per_weight" in metrics else ""
         lines.append(
-            f"| {row['file'].removesuffix('.yaml')} | {row['arm']} | {row['seed']} | {metrics['tokens'] / 1e6:.1f}M "
+            f"| {arm} | {metrics['tokens'] / 1e6:.1f}M | {bits} "
             f"| {score:.3f} | {score - dense:+.3f} | {metrics['initial_flip_rate']:.1%} | {row['seconds']:.0f} "
             f"| {metrics['tokens_per_second']:,.0f} |"
         )

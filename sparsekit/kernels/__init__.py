@@ -29,10 +29,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class FusedOptimizer(Protocol):
     """A whole optimizer step in one launch for each dtype of the parameters."""
 
-    refreshes: bool
-
-    def advance(self, step: Step, clip: Tensor | None, masked: bool) -> tuple[Tensor, Tensor] | None:
+    def advance(
+        self, step: Step, clip: Tensor | None, *, masked: bool, rounded: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """Update every parameter that has a gradient; returns the flip counts if it chose the masks again."""
+        ...
+
+    def write(self, *, masked: bool) -> None:
+        """Put weights on their grids into the parameters, and update nothing."""
         ...
 
 

@@ -50,17 +50,32 @@ class FusedAdamW:
         device = next(iter(names.values())).device
         self._one = torch.ones((), device=device)
 
-    def advance(self, step: Step, clip: Tensor | None, masked: bool) -> tuple[Tensor, Tensor] | None:
+    def advance(
+        self, step: Step, clip: Tensor | None, *, masked: bool, rounded: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """One step of every parameter that has a gradient; new masks if the step says so and M is 4 or 8.
 
         Args:
             step: The numbers of this step.
             clip: float32 scalar on the device.
             masked: Whether the parameters get W ⊙ M.
+            rounded: Whether they get that on its grids, of now.
         Returns:
             Changed and moved entries as `SparseAdamW.refresh` counts them; None if no mask was chosen.
         """
         refresh = step.refresh and self.refreshes
+        counters = self._launch(step, clip, masked, rounded, update=True, refresh=refresh)
+        return (counters[0], counters[1]) if refresh else None
+
+    def write(self, *, masked: bool) -> None:
+        """Put weights on their grids into the parameters, and update nothing."""
+        self._launch(Step(1, lr=0.0), None, masked, rounded=True, update=False, refresh=False)
+
+    def _launch(
+        self, step: Step, clip: Tensor | None, masked: bool, rounded: bool, *, update: bool, refresh: bool
+    ) -> Tensor:
+        """The launches; returns the two counters."""
+        rounding = self.rule.rounding if rounded else None
         counters = torch.zeros(2, dtype=torch.int64, device=self._one.device)
         for dtype, table in self.tables.items():
             rows = table.rows()
@@ -70,8 +85,11 @@ class FusedAdamW:
                 "FLOAT8": self.memory.states == "float8",
                 "MOMENTUM": self.rule.second_moment == "momentum",
                 "L1": self.rule.decay_rule == "l1",
+                "UPDATE": update,
                 "MASKED": masked,
                 "REFRESH": refresh,
+                "BITS": 0 if rounding is None else rounding.bits,
+                "ODD": rounding is not None and rounding.odd,
                 "N": self.pattern.n,
                 "M": self.pattern.m if self.refreshes else GROUPS[0],
                 "CHUNK": CHUNK,
@@ -87,7 +105,7 @@ class FusedAdamW:
                     **constants,
                     num_warps=WARPS,
                 )
-        return (counters[0], counters[1]) if refresh else None
+        return counters
 
     def _numbers(self, step: Step) -> tuple[float | int, ...]:
         """The scalars of a step as the kernel takes them."""

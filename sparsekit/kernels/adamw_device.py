@@ -4,9 +4,10 @@
 The chip moves bytes here and does little arithmetic: with float32 state and bfloat16 parameters each
 element is read in 2 (gradient) + 12 (weight, moments) + 1 (mask) bytes and written in 12 + 2, 29 in all;
 float8 states and bfloat16 masters make it 13. A group of N:M lies in one program, so its mask can be
-chosen while its weights are in registers, for one byte more.
+chosen while its weights are in registers, for one byte more. Weights that the model computes with on
+integer grids are rounded in the same place, for the bytes of their steps: 4 for each group.
 
-The reference is `SparseAdamW._update` and `update.refreshed`, line by line.
+The reference is `SparseAdamW._update`, `update.refreshed` and `grids.on_grid`, line by line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparsekit.training.lowbits import BLOCK
 
 WIDTH = tl.constexpr(len(COLUMNS))
 SCALED = tl.constexpr(BLOCK)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even, as torch does
 
 
 @triton.jit
@@ -176,11 +178,29 @@ def _chosen(
 
 
 @triton.jit
+def _on_grid(row, start, weight, inside, BITS: tl.constexpr, ODD: tl.constexpr, CHUNK: tl.constexpr):
+    """`grids.on_grid` of a chunk, were all kept."""
+    size = tl.load(row + 15)
+    first = start // size
+    within = (start - first * size).to(tl.int32) + tl.arange(0, CHUNK)  # 64 bits are divided once
+    step = tl.load(row + 14).to(tl.pointer_type(tl.float32)) + first
+    step = tl.load(step + within // size.to(tl.int32), mask=inside, other=1.0)
+    level = tl.div_rn(weight, step)
+    ZERO: tl.constexpr = 2.0 ** (BITS - 1)
+    if ODD:
+        level = tl.minimum(tl.maximum(level, 1.0 - ZERO), ZERO - 1.0)
+        level = 2 * ((level - 1) * 0.5 + ROUNDER - ROUNDER) + 1
+    else:
+        level = tl.minimum(tl.maximum(level + ZERO, 0.0), 2 * ZERO - 1.0) + ROUNDER - ROUNDER - ZERO
+    return tl.where(weight == weight, level * step, weight)  # what is not finite shall be seen
+
+
+@triton.jit
 def _chunk(
     row, start, numel, clip, counters, numbers, key,
     PARAMETER: tl.constexpr, MASTER: tl.constexpr, FLOAT8: tl.constexpr, MOMENTUM: tl.constexpr, L1: tl.constexpr,
-    MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    CHUNK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr, MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Everything of one chunk; FULL leaves out the bounds, which would make every load a narrow one."""
     offsets = start + tl.arange(0, CHUNK)
@@ -191,15 +211,19 @@ def _chunk(
     kept = tl.full([CHUNK], True, tl.int1)
     if sparse:
         kept = _get(_pointer(row, 7, tl.int8, ALIGNED), offsets, inside, FULL) != 0
-    if tl.load(row + 1) != 0:
-        weight = _updated(
-            row, start, weight, kept, sparse, inside, clip, numbers, key,
-            MASTER, PARAMETER, FLOAT8, MOMENTUM, L1, CHUNK, FULL, ALIGNED,
-        )  # fmt: skip
-        _put(dense, offsets, weight.to(MASTER), inside, FULL)
+    if UPDATE:  # noqa: SIM102 - a constant decides what is compiled
+        if tl.load(row + 1) != 0:
+            weight = _updated(
+                row, start, weight, kept, sparse, inside, clip, numbers, key,
+                MASTER, PARAMETER, FLOAT8, MOMENTUM, L1, CHUNK, FULL, ALIGNED,
+            )  # fmt: skip
+            _put(dense, offsets, weight.to(MASTER), inside, FULL)
     if REFRESH and sparse:
         kept = _chosen(row, start, weight, kept, inside, numbers[9], counters, FLOAT8, N, M, CHUNK, FULL)
     if tl.load(row) != tl.load(row + 2):
+        if BITS:  # noqa: SIM102 - as above
+            if sparse:
+                weight = _on_grid(row, start, weight, inside, BITS, ODD, CHUNK)
         if MASKED:
             weight = tl.where(kept, weight, 0.0)
         _put(_pointer(row, 0, PARAMETER, ALIGNED), offsets, weight.to(PARAMETER), inside, FULL)
@@ -210,8 +234,8 @@ def advance_chunks(
     rows, chunks, clip, counters,
     new_first, beta2, new_second, eps, size, correction, shrink, decay, mix, hysteresis, key,
     PARAMETER: tl.constexpr, MASTER: tl.constexpr, FLOAT8: tl.constexpr, MOMENTUM: tl.constexpr, L1: tl.constexpr,
-    MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr, MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one parameter a program."""
     program = tl.program_id(0).to(tl.int64)
@@ -222,10 +246,10 @@ def advance_chunks(
     if start + CHUNK <= numel:
         _chunk(
             row, start, numel, clip, counters, numbers, key, PARAMETER, MASTER, FLOAT8, MOMENTUM, L1,
-            MASKED, REFRESH, N, M, CHUNK, True, ALIGNED,
+            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, CHUNK, True, ALIGNED,
         )  # fmt: skip
     else:
         _chunk(
             row, start, numel, clip, counters, numbers, key, PARAMETER, MASTER, FLOAT8, MOMENTUM, L1,
-            MASKED, REFRESH, N, M, CHUNK, False, ALIGNED,
+            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, CHUNK, False, ALIGNED,
         )  # fmt: skip

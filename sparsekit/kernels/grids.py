@@ -26,9 +26,9 @@ POWER = tl.constexpr(MSE_NORM)
 
 
 @triton.jit
-def _of_range(low, high, levels, SYMMETRIC: tl.constexpr):
-    """`Grid._of_range`."""
-    step = tl.div_rn(high - low, levels)
+def _of_range(low, high, levels, SYMMETRIC: tl.constexpr, ODD: tl.constexpr):
+    """`Grid._of_range`; `levels` is the highest code."""
+    step = tl.div_rn(high - low, levels - 1 if ODD else levels)
     step = tl.where(step > 0, step, 1.0)
     scale = tl.minimum(tl.maximum(step, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
     if SYMMETRIC:
@@ -39,16 +39,24 @@ def _of_range(low, high, levels, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def _loss(weight, group, inside, scale, zero, levels, along, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+def _loss(
+    weight, group, inside, scale, zero, levels, along, ODD: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr
+):
     """Σ |error|^2.4 of each group."""
     total = tl.zeros_like(scale)
     for start in range(0, SIZE, CHUNK):
         at = start + tl.arange(0, CHUNK)
         here = (at < SIZE)[:, None] & inside[None, :]
         value = tl.load(weight + at[:, None] * along + group[None, :], mask=here, other=0.0)
-        code = tl.div_rn(value, tl.broadcast_to(scale[None, :], value.shape)) + zero[None, :]
-        code = tl.minimum(tl.maximum(code, 0.0), levels) + ROUNDER - ROUNDER
+        code = tl.div_rn(value, tl.broadcast_to(scale[None, :], value.shape))
+        if ODD:
+            code = tl.minimum(tl.maximum(code, 1 - zero[None, :]), levels - zero[None, :])
+            code = 2 * ((code - 1) * 0.5 + ROUNDER - ROUNDER) + 1 + zero[None, :]
+        else:
+            code = tl.minimum(tl.maximum(code + zero[None, :], 0.0), levels) + ROUNDER - ROUNDER
         error = tl.abs((code - zero[None, :]) * scale[None, :] - value)
+        if ODD:
+            error = tl.where(value == 0, 0.0, error)  # a pruned one; so are those outside
         lost = tl.where(error > 0, tl.exp2(POWER * tl.log2(tl.where(error > 0, error, 1.0))), 0.0)
         total += tl.sum(lost, axis=0)
     return total
@@ -57,7 +65,8 @@ def _loss(weight, group, inside, scale, zero, levels, along, SIZE: tl.constexpr,
 @triton.jit
 def _fit(
     weight, scale_out, zero_out, groups, apart, along, levels,
-    SYMMETRIC: tl.constexpr, STEPS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ODD: tl.constexpr, STEPS: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """An entry is read at group * apart + index * along."""
     number = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -73,13 +82,13 @@ def _fit(
     if SYMMETRIC:
         high = tl.maximum(-low, high)
         low = -high
-    scale, zero = _of_range(low, high, levels, SYMMETRIC)
+    scale, zero = _of_range(low, high, levels, SYMMETRIC, ODD)
     if STEPS > 1:
-        loss = _loss(weight, group, inside, scale, zero, levels, along, SIZE, CHUNK)
+        loss = _loss(weight, group, inside, scale, zero, levels, along, ODD, SIZE, CHUNK)
         for i in range(1, STEPS):
             shrink = tl.div_rn(tl.full([GROUPS], 100.0, dtype=tl.float32) - i, 100.0)
-            trial, origin = _of_range(low * shrink, high * shrink, levels, SYMMETRIC)
-            found = _loss(weight, group, inside, trial, origin, levels, along, SIZE, CHUNK)
+            trial, origin = _of_range(low * shrink, high * shrink, levels, SYMMETRIC, ODD)
+            found = _loss(weight, group, inside, trial, origin, levels, along, ODD, SIZE, CHUNK)
             better = found < loss
             loss = tl.where(better, found, loss)
             scale, zero = tl.where(better, trial, scale), tl.where(better, origin, zero)
@@ -87,7 +96,7 @@ def _fit(
     tl.store(zero_out + number, zero, mask=inside)
 
 
-def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
+def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, odd: bool = False) -> tuple[Tensor, Tensor]:
     """As `Grid.fit_reference`: scale and zero-point of each leading index, float32 [...].
 
     Args:
@@ -106,6 +115,7 @@ def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, 
             flat.stride(1),
             float(2**bits - 1),
             SYMMETRIC=symmetric,
+            ODD=odd,
             STEPS=MSE_STEPS if mse else 1,
             SIZE=size,
             GROUPS=GROUPS,

@@ -39,7 +39,7 @@ class Settle(Protocol):
 class Fit(Protocol):
     """`kernels.grids.fit`."""
 
-    def __call__(self, weight: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, weight: Tensor, bits: int, symmetric: bool, mse: bool, odd: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero-point of each leading index."""
         ...
 

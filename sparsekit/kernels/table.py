@@ -16,7 +16,7 @@ CHUNK = 1024  # elements of one program; 4 blocks of float8, 4 elements a thread
 # columns of a row; the kernel reads them by these positions
 COLUMNS = (
     "parameter", "grad", "dense", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale",
-    "mask", "initial_mask", "importance", "numel", "columns", "decays", "index",
+    "mask", "initial_mask", "importance", "numel", "columns", "decays", "index", "step", "group",
 )  # fmt: skip
 ALIGNMENT = 16  # bytes of the widest load
 
@@ -54,6 +54,7 @@ class Table:
 
     def _row(self, index: int, parameter: Tensor) -> list[int]:
         state, grad = self.state[parameter], parameter.grad
+        step = state.get("step")
         if grad is not None and not grad.is_contiguous():
             grad = parameter.grad = grad.contiguous()
         tensors = [parameter, grad, state.get("dense", parameter), *(state.get(key) for key in COLUMNS[3:10])]
@@ -63,4 +64,6 @@ class Table:
             parameter.shape[-1] if parameter.dim() else 1,
             int(parameter.dim() >= 2),
             index,
+            0 if step is None else step.data_ptr(),
+            1 if step is None else parameter.shape[-1] // step.shape[-1],
         ]

@@ -13,6 +13,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.registry import model_method
 from sparsekit.training.annealing import AstPolicy
 from sparsekit.training.distill import Direction, Objective
+from sparsekit.training.grids import Levels, rounding_of
 from sparsekit.training.loop import Fit, Trained, TrainJob
 from sparsekit.training.lowbits import Masters, Memory, States, mixed
 from sparsekit.training.optim import DecayRule, Rule, SecondMoment, SparseAdamW
@@ -21,14 +22,14 @@ from sparsekit.training.sparse_start import add_branches, first_masks, input_nor
 from sparsekit.units import Count, Fraction
 
 
-def _structured(pattern: Pattern) -> Pattern:
-    """Refuse a pattern without groups."""
-    if not pattern.structured:
+def _trainable(pattern: Pattern) -> Pattern:
+    """Refuse a pattern without groups, unless it prunes nothing."""
+    if not pattern.structured and pattern.sparsity:
         raise ValueError(f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}')
     return pattern
 
 
-NM = Annotated[Pattern, AfterValidator(_structured)]
+NM = Annotated[Pattern, AfterValidator(_trainable)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[Fraction, Field(ge=0, le=1)]
@@ -37,18 +38,45 @@ COMPILE_MINUTES = 3.0
 COMPILE_STEPS = 100  # shorter runs do not earn the compilation back
 
 
-def _length(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What is wrong with `tokens` and `budget`, of which one must be there, and with `flip_target`."""
+def _wrong(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is wrong between parameters."""
     if values["tokens"] is None and values["budget"] is None:
         return "tokens", "ast needs tokens: 26.2M, or budget: {minutes: 30}"
     if values["tokens"] is not None and values["budget"] is not None:
         return "budget", "ast has tokens and a budget; keep one"
     if values["flip_target"] is not None and not values["decay"]:
         return "flip_target", "flip_target steers the decay, and decay is 0"
+    return _wrong_grids(values)
+
+
+def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with the bits and what belongs to them."""
+    bits, odd, pattern = values["bits"], values["levels"] == "odd", values["pattern"]
+    if not pattern.structured and pattern.sparsity:
+        return "sparsity", f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}'
+    if bits is None:
+        if odd:
+            return "levels", "levels: odd needs bits, those that tell a kept weight"
+        if not pattern.sparsity:
+            return "pattern", 'ast without bits trains N:M patterns, as in pattern: "2:4"; sparsity is 0'
+        return None
+    if not odd and bits == 1:
+        return "bits", "1 bit has the levels -1 and 0; levels: odd gives a kept weight a sign and no 0"
+    if odd and bits == 8:
+        return "bits", "levels: odd takes up to 7 bits: a code has one more, for the 0 of pruned weights"
+    if values["forward"] == "dense":
+        return "forward", "forward: dense computes with pruned weights, and the grid has no place for them"
+    if values["weight_scaling"]:
+        return "weight_scaling", "weight_scaling multiplies rows, and the steps of the grid scale them already"
     return None
 
 
-@model_method("ast", kind="train", check=_length)
+def _integers(values: Mapping[str, Any]) -> bool:
+    """Whether the result is integers."""
+    return values["bits"] is not None
+
+
+@model_method("ast", kind="train", check=_wrong, integers=_integers)
 def ast(
     job: TrainJob,
     /,
@@ -56,6 +84,10 @@ def ast(
     pattern: NM = Pattern(2, 4),
     tokens: Count | None = None,
     budget: Budget | None = None,
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None,
+    group_size: int = 128,
+    levels: Levels = "integer",
+    quantize_from: Share = 0.0,
     batch: Annotated[int, Field(ge=1)] = 32,
     micro_batch: Annotated[int, Field(ge=1)] | None = None,
     lr: Positive = 2e-3,
@@ -99,10 +131,19 @@ def ast(
     Defaults are the best measured with 26.2 M tokens of models/base, on held-out text (perplexity 27.95;
     28.35 with the paper's form: batch 128, lr 1e-3, second_moment momentum, kl 2/3, temperature 2).
     Args:
-        pattern: "N:M".
+        pattern: "N:M". With bits also sparsity: 0, which chooses no mask: everything stays, or what a step
+            before has kept.
         tokens: Training tokens in all; decides the number of steps.
         budget: In place of tokens, `{minutes: 30}`: as many steps as fit, after measuring the first ones.
             A run that is continued has the number of steps it began with.
+        bits: Train integers: the model computes with kept weights rounded to a grid of so many bits, the
+            gradient goes straight through, and the result needs no quantizer. None trains floats.
+        group_size: Inputs of a row that share a step of the grid; -1 for one group a row. The steps are fitted
+            to the kept weights whenever the mask is chosen, and a last time when it freezes.
+        levels: `integer` has -2^(bits-1)..2^(bits-1)-1. `odd` has ±1, ±3, ..., ±(2^bits - 1) and no 0 for kept
+            weights, which their place tells from pruned ones; their codes have one bit more in formats that
+            store zeros. From 1 bit on.
+        quantize_from: Share of the steps before the weights go on the grid.
         batch: Windows of one optimizer step.
         micro_batch: Windows of one forward; by default what fills the device.
         lr: Highest learning rate. With second_moment momentum a step is about 4 times larger than
@@ -153,9 +194,9 @@ def ast(
     Eq. 4 has no temperature, its code has T = 2; here it is a parameter. By default the loss is the
     divergence alone and v is AdamW's for kept weights.
     """
-    if not pattern.structured:
-        raise MethodError(f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}')
-    wrong = _length({"tokens": tokens, "budget": budget, "flip_target": flip_target, "decay": decay})
+    given = {"pattern": pattern, "tokens": tokens, "budget": budget, "flip_target": flip_target, "decay": decay}
+    grids = {"bits": bits, "levels": levels, "forward": forward, "weight_scaling": weight_scaling}
+    wrong = _wrong({**given, **grids})
     if wrong is not None:
         raise MethodError(wrong[1])
     steps = 1 if tokens is None else steps_of(tokens, job.tokens, batch)  # a budget is sized when it is measured
@@ -174,6 +215,7 @@ def ast(
         decay_rule=decay_rule,
         scaling=weight_scaling,
         masked=forward == "masked",
+        rounding=None if bits is None else rounding_of(bits, group_size, levels),
     )
     seed = mixed(job.seed + job.world.rank) if job.world.rank else job.seed  # ranks round with bits of their own
     memory = Memory(states, masters, seed=seed)
@@ -199,7 +241,9 @@ def ast(
         weight_decay=weight_decay,
         flip_target=flip_target,
         peak=lr,
+        rounded_after=None if bits is None else quantize_from,
     )
+    policy.begin()
     metrics = Fit(
         job=job,
         optimizer=optimizer,

@@ -237,7 +237,7 @@ class Estimator:
         total = self.sizes.blocks[index].other * self.sizes.stored
         for name, (out, into) in self.sizes.blocks[index].linears.items():
             upto = [p for p in self.plan.steps[: planned.index + 1] if name in p.selected]
-            quantized = any(p.step.method.kind == "quantize" for p in upto)
+            quantized = any(p.step.quantizes for p in upto)
             masked = any(p.step.method.kind != "quantize" for p in upto)
             total += out * into * (1 if quantized else self.sizes.stored) + (out * into // 8 if masked else 0)
         return total
@@ -248,8 +248,8 @@ class Estimator:
 
     def _export_bytes(self, name: str) -> int:
         """Weight files of an export."""
-        quantized = {layer for p in self.plan.steps if p.step.method.kind == "quantize" for layer in p.selected}
-        bits = next((p.arguments["bits"] for p in self.plan.steps if "bits" in p.arguments), 16)
+        quantized = {layer for p in self.plan.steps if p.step.quantizes for layer in p.selected}
+        bits = next((p.arguments["bits"] for p in self.plan.steps if p.arguments.get("bits")), 16)
         if FORMATS[name].storage is None:
             return self.sizes.numel * self.sizes.stored
         packed = sum(
@@ -276,8 +276,9 @@ class Estimator:
 def _deed(planned: PlannedStep) -> str:
     """`wanda 2:4`, `gptq 4 bits`."""
     method, given = planned.step.method, planned.arguments
-    what = str(given["pattern"]) if "pattern" in given else f"{given['bits']} bits" if "bits" in given else ""
-    return f"{method.name} {what}".strip()
+    what = [str(given["pattern"])] if "pattern" in given else []
+    what += [f"{given['bits']} bits"] if given.get("bits") else []
+    return " ".join([method.name, *what])
 
 
 def kinds_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

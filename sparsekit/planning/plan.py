@@ -134,8 +134,9 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
         selected = _select(recipe, index, step, shapes)
         _check_sizes(recipe, index, step, selected, shapes)
         pattern_key = step.method.accepts(Pattern)
-        if pattern_key:
-            patterns = {**patterns, **dict.fromkeys(selected, getattr(step.params, pattern_key))}
+        pattern: Pattern | None = getattr(step.params, pattern_key) if pattern_key else None
+        if pattern is not None and pattern.sparsity:  # else what a step before has pruned stays so
+            patterns = {**patterns, **dict.fromkeys(selected, pattern)}
         upstream = step_fingerprint(_digest([upstream, texts.get(reads(step))]), step, selected, recipe.seed)
         steps.append(PlannedStep(index, step, frozenset(selected), patterns, upstream))
     coverage = _coverage(view, steps)
@@ -267,7 +268,8 @@ def _check_sizes(
         if bad:
             message = f"pattern {pattern} does not divide {_listed(bad)}; add them to ignore"
             raise RecipeError(message, where=recipe.where("steps", index, pattern_key))
-    size = getattr(step.params, "group_size", -1) if "group_size" in type(step.params).model_fields else -1
+    grouped = step.quantizes and "group_size" in type(step.params).model_fields
+    size = getattr(step.params, "group_size") if grouped else -1  # noqa: B009  # the method's own parameter
     if size != -1:
         bad = [f"{name} ({shapes[name][1]} inputs)" for name in selected if shapes[name][1] % size]
         if bad:

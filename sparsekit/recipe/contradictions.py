@@ -18,7 +18,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     yield from _wrong_measurements(recipe)
     yield from _wrong_paths(recipe)
     # without steps the model may be a quantized checkpoint
-    integers = not recipe.steps or any(step.method.kind == "quantize" for step in recipe.steps)
+    integers = not recipe.steps or any(step.quantizes for step in recipe.steps)
     for index, name in enumerate(recipe.export.formats):
         if FORMATS[name].storage is not None and not integers:
             message = f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
@@ -32,11 +32,11 @@ def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     quantizer: int | None = None
     for index, step in enumerate(recipe.steps):
         if quantizer is None:
-            quantizer = index if step.method.kind == "quantize" else None
+            quantizer = index if step.quantizes else None
             continue
         first = f"step {quantizer + 1} ({recipe.steps[quantizer].method.name}, {recipe.where('steps', quantizer)})"
         this = f"step {index + 1} ({step.method.name})"
-        if step.method.kind == "quantize":
+        if step.quantizes:
             yield ("steps", index), f"{this} quantizes what {first} has quantized already; keep one quantizer"
         else:
             verb = {"prune": "prunes", "train": "trains"}[step.method.kind]
@@ -95,7 +95,7 @@ def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         return
     if "bits" not in last.method.parameters.model_fields:
         yield (*keys, "bits"), f"{name} has no bits; leave them out, and the worst layers stay as they were before it"
-    elif gates.redo.bits <= getattr(last.params, "bits"):  # noqa: B009  # the method's own parameter
+    elif gates.redo.bits <= (getattr(last.params, "bits") or 0):  # noqa: B009  # the method's own parameter
         yield (*keys, "bits"), f"bits {gates.redo.bits} is no higher precision than that of {name}"
     integers = [name for name in recipe.export.formats if FORMATS[name].storage is not None]
     if integers:

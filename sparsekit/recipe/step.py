@@ -59,6 +59,11 @@ class Step:
         return self.method.stats is not None or (self.allocate is not None and self.allocate.method.stats is not None)
 
     @property
+    def quantizes(self) -> bool:
+        """Whether it leaves integers; nothing may write weights after it."""
+        return self.method.quantizes({name: getattr(self.params, name) for name in type(self.params).model_fields})
+
+    @property
     def plugins(self) -> list[dict[str, str]]:
         """The code it runs that did not come with sparsekit: method, file and sha256 of the file."""
         used = [self.method] if self.allocate is None else [self.method, self.allocate.method]
@@ -89,8 +94,8 @@ class Step:
         method = _method(raw)
         given = dict(raw)
         by_sparsity = takes_sparsity(method) and given.get("sparsity") is not None
-        if by_sparsity and "pattern" not in given:
-            given["pattern"] = str(Pattern.unstructured(0.5))  # replaced below; it satisfies a required pattern
+        if by_sparsity and "pattern" not in given and method.parameters.model_fields["pattern"].is_required():
+            given["pattern"] = str(Pattern.unstructured(0.5))  # replaced below
         read: Any = step_model(method).model_validate_json(plain_json(given))
         values = {name: getattr(read, name) for name in method.parameters.model_fields}
         if by_sparsity:

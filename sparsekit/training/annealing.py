@@ -29,6 +29,7 @@ class AstPolicy:
         weight_decay: Ordinary weight decay.
         flip_target: Share of entries that shall change at the highest learning rate; None to leave λ alone.
         peak: The highest learning rate.
+        rounded_after: Share of the steps after which weights go on integer grids; None for never.
         factor: What λ is multiplied by to hold the target.
     """
 
@@ -42,6 +43,7 @@ class AstPolicy:
     weight_decay: float
     flip_target: float | None = None
     peak: float = 1.0
+    rounded_after: float | None = None
     factor: float = 1.0
     refreshes: int = 0
     flips: dict[str, float] = field(default_factory=lambda: {"flip_rate": 0.0, "initial_flip_rate": 0.0})
@@ -52,6 +54,11 @@ class AstPolicy:
     def frozen_from(self) -> int:
         """First step of the freeze."""
         return self.steps - round(self.freeze * self.steps)
+
+    def begin(self) -> None:
+        """Called before the first step, and before one that goes on: on grids at once if they start at 0."""
+        if self.rounded_after == 0:
+            self.optimizer.regrid()
 
     def decay_at(self, step: int) -> float:
         """λ of a step counted from 0: rises linearly over the ramp, then stays; 0 in the freeze."""
@@ -93,6 +100,10 @@ class AstPolicy:
             self._steer(step)
         if done == self.frozen_from:
             self.optimizer.finalize()
+            if self.optimizer.rounded:
+                self.optimizer.regrid()  # a last time; the steps of the freeze see the grids of the result
+        if self.rounded_after is not None and not self.optimizer.rounded and done >= self.rounded_after * self.steps:
+            self.optimizer.regrid()
         lam = torch.tensor(used)
         return {"decay": lam, **self._rates()}
 
@@ -113,6 +124,7 @@ class AstPolicy:
             "refreshes": self.refreshes,
             "factor": self.factor,
             "masked": self.optimizer.masked,
+            "rounded": self.optimizer.rounded,
             "flips": {name: float(value) for name, value in self._rates().items()},
         }
 
@@ -122,8 +134,7 @@ class AstPolicy:
         self.factor = float(state["factor"])
         self.flips = dict(state["flips"])
         self._latest = {}
-        if state["masked"]:
-            self.optimizer.finalize()
+        self.optimizer.compute_with(masked=state["masked"], rounded=state["rounded"])
 
     def metrics(self) -> dict[str, Any]:
         """For the report."""

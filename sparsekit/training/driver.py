@@ -97,12 +97,14 @@ class Training:
     def _commit(self, blocks: Sequence[BlockState], trained: Trained) -> None:
         """Verify what was trained and write it, block by block."""
         inside: set[str] = set()
+        integers = self.method.quantizes(self.arguments)
         for index, block in enumerate(blocks):
             linears, records = dict(block.linears), []
             for name, before in block.linears.items():
                 if name in trained.linears:
                     after = trained.linears[name]
-                    record = verified(before, after, kind=self.method.kind, pattern=self.patterns.get(name))
+                    wanted = self.patterns.get(name)
+                    record = verified(before, after, kind=self.method.kind, pattern=wanted, integers=integers)
                     records.append(record.as_dict())
                     linears[name] = after
             params = {name: trained.params.get(name, value) for name, value in block.params.items()}

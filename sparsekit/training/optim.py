@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsekit.kernels import Kernels, fused_optimizer
 from sparsekit.pattern import Pattern
+from sparsekit.training.grids import fitted, group_of, on_grid
 from sparsekit.training.lowbits import (
     Memory,
     blocks_of,
@@ -41,15 +42,16 @@ class SparseAdamW:
     """AdamW over a model in which some weights are sparse.
 
     `masked` tells whether the model computes with W ⊙ M now; it starts as the rule says, and
-    `finalize` sets it. `flips` are the counts of the last refresh, over all ranks.
+    `finalize` sets it. `rounded` tells whether it computes with that put on integer grids; `regrid` sets
+    it. `flips` are the counts of the last refresh, over all ranks.
 
     A model that is sharded over ranks has been so before; `names` are then the rows that are here, and
     everything below works on them as if they were the parameters.
 
     State of a sparse parameter: `dense` (W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq` and, with
-    activation-aware scores, `importance` [in]. An ordinary parameter that is not of the masters' dtype
-    has a `dense` master too. float8 moments are flat, `exp_avg_sq` holds the root of v, `SCALE_OF`
-    tells where their scales are, and `initial_mask` is packed to bits.
+    activation-aware scores, `importance` [in]; with grids `step` [out, groups]. An ordinary parameter
+    that is not of the masters' dtype has a `dense` master too. float8 moments are flat, `exp_avg_sq`
+    holds the root of v, `SCALE_OF` tells where their scales are, and `initial_mask` is packed to bits.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -80,11 +82,13 @@ class SparseAdamW:
         missing = sorted(set(masks) - {name for name, _ in named})
         if missing:
             raise ValueError(f"no trainable parameter {missing[0]!r}")
+        if rule.rounding is not None and (rule.scaling or not rule.masked):
+            raise ValueError("weights on integer grids have no scales of rows, and pruned ones have no level")
         self.parameters = dict(named)
         self.names = {name: parameter if world.size == 1 else local(parameter) for name, parameter in named}
         self.sparse = [name for name, _ in named if name in masks]
         self.pattern, self.rule, self.memory, self.world = pattern, rule, memory, world
-        self.masked = rule.masked
+        self.masked, self.rounded = rule.masked, False
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         known = weights or {}
         for name, parameter in self.names.items():
@@ -105,6 +109,9 @@ class SparseAdamW:
             first = rows_of(mask, self.parameters[name]).to(device)
             state["mask"] = first.clone(memory_format=torch.contiguous_format)
             state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
+            if self.rule.rounding is not None:
+                size = group_of(self.rule.rounding, name, parameter.shape[1])
+                state["step"] = fitted(given.to(device), first, self.rule.rounding, size)
             if self.rule.scaling:
                 check_parts(name, parameter.shape[1], self.rule.scaling, self.pattern)
                 state |= first_scale(parameter, self.rule.scaling)
@@ -134,6 +141,9 @@ class SparseAdamW:
     def _computed(self, state: Mapping[str, Tensor]) -> Tensor:
         """The dense weight, or what of it the model computes with."""
         weight = state["dense"]
+        if self.rounded and "step" in state:
+            assert self.rule.rounding is not None  # or there were no steps
+            return on_grid(weight, state["mask"], state["step"], self.rule.rounding)
         return weight.masked_fill(~state["mask"], 0.0) if "mask" in state and self.masked else weight
 
     def advance(self, step: Step, clip: Tensor | None = None) -> None:
@@ -144,10 +154,12 @@ class SparseAdamW:
             clip: What gradients are multiplied by, a scalar tensor on their device (see `clip_factor`).
         """
         if self._fused is not None:
-            counts = self._fused.advance(step, clip, self.masked)
+            counts = self._fused.advance(step, clip, masked=self.masked, rounded=self.rounded)
             if counts is not None:
                 self._count(*counts)
-            if not step.refresh or self._fused.refreshes:
+            if step.refresh and counts is not None and self.rounded:
+                self.regrid()
+            if not step.refresh or counts is not None:
                 return
         else:
             for index, parameter in enumerate(self.names.values()):
@@ -217,7 +229,7 @@ class SparseAdamW:
             int64 scalars on the device, over all sparse parameters. A swap counts two.
         """
         changed, away = [], []
-        for name in self.sparse:
+        for name in self.sparse if self.pattern.sparsity else ():
             parameter = self.names[name]
             state = self.state[parameter]
             dense = state["dense"].to(widest(state["dense"].dtype))
@@ -226,9 +238,12 @@ class SparseAdamW:
             changed.append((mask ^ state["mask"]).sum())
             away.append((mask ^ (first if first.dtype == torch.bool else unpacked_bits(first, mask.shape))).sum())
             state["mask"].copy_(mask)
-            self._write(parameter)
+            if not self.rounded:
+                self._write(parameter)
         if changed:
             self._count(torch.stack(changed).sum(), torch.stack(away).sum())
+        if self.rounded:
+            self.regrid()
         return self.flips
 
     def _count(self, changed: Tensor, away: Tensor) -> None:
@@ -237,7 +252,29 @@ class SparseAdamW:
 
     def finalize(self) -> None:
         """From now on the model computes with W ⊙ M."""
-        self.masked = True
+        self.compute_with(masked=True, rounded=self.rounded)
+
+    def compute_with(self, *, masked: bool, rounded: bool) -> None:
+        """From now on the model computes with W or with W ⊙ M, and with that as it is or on the grids of now."""
+        self.masked, self.rounded = masked, rounded
+        self._write_sparse()
+
+    @torch.no_grad()
+    def regrid(self) -> None:
+        """Fit the grids to the weights and masks of now; from now on the model computes with weights on them."""
+        rounding = self.rule.rounding
+        assert rounding is not None  # or nobody calls
+        for name in self.sparse:
+            state = self.state[self.names[name]]
+            step = state["step"]
+            step.copy_(fitted(state["dense"], state["mask"], rounding, state["mask"].shape[1] // step.shape[1]))
+        self.compute_with(masked=self.masked, rounded=True)
+
+    def _write_sparse(self) -> None:
+        """`_write` of every sparse parameter."""
+        if self._fused is not None and self.rounded:
+            self._fused.write(masked=self.masked)
+            return
         for name in self.sparse:
             self._write(self.names[name])
 
@@ -257,6 +294,10 @@ class SparseAdamW:
             return own
         # as bytes: collectives of some backends know no bool
         return whole(as_sharded(own.to(torch.uint8), self.parameters[name])).bool()
+
+    def step(self, name: str) -> Tensor:
+        """The whole steps of a sparse parameter's groups, float32 [out, groups]."""
+        return whole(as_sharded(self.state[self.names[name]]["step"], self.parameters[name]))
 
     @property
     def fused(self) -> bool:

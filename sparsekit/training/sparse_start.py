@@ -14,6 +14,7 @@ from sparsekit.errors import MethodError
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
 from sparsekit.stats import InputNorm
+from sparsekit.training.grids import bits_per_weight, group_of, integers
 from sparsekit.training.loop import Trained, TrainJob
 from sparsekit.training.optim import SparseAdamW
 
@@ -36,6 +37,8 @@ def first_masks(
         weights[name] = state.source
         if state.mask is not None and pattern.violations(state.mask) == 0:
             masks[name] = state.mask
+        elif not pattern.sparsity:
+            masks[name] = torch.ones_like(state.source, dtype=torch.bool)
         else:
             score = state.source.abs()
             masks[name] = pattern.keep(score * norms[name].to(score.device) if name in norms else score)
@@ -80,17 +83,27 @@ def input_norms(job: TrainJob) -> dict[str, Tensor]:
 
 
 def result(job: TrainJob, optimizer: SparseAdamW, metrics: Mapping[str, Any]) -> Trained:
-    """Linears with pruned entries at exact zero, and every other parameter; of the first rank only."""
+    """Linears with pruned entries at exact zero, and every other parameter; of the first rank only.
+
+    With grids a linear holds the integers that the model has computed with.
+    """
+    rounding = optimizer.rule.rounding
     linears: dict[str, LinearState] = {}
     params: dict[str, Tensor] = {}
     sparse = {f"{name}.weight": name for name in job.linears}
     for name in optimizer.names:
         weight = optimizer.weight(name)  # all ranks take part
         mask = optimizer.mask(name) if name in sparse else None
+        step = optimizer.step(name) if name in sparse and rounding is not None else None
         if not job.world.first:
             continue
         if mask is not None:
-            linears[sparse[name]] = job.linears[sparse[name]].updated(weight.cpu(), mask.cpu())
+            before = job.linears[sparse[name]]
+            chosen = mask.cpu() if optimizer.pattern.sparsity or before.mask is not None else None
+            state = before.updated(weight.cpu(), chosen)
+            if rounding is not None and step is not None:
+                state = state.with_quantized(integers(weight, mask, step, rounding).to("cpu"))
+            linears[sparse[name]] = state
         else:
             params[name] = weight.cpu()
     branched = dict(collected(job.student, params))
@@ -98,4 +111,17 @@ def result(job: TrainJob, optimizer: SparseAdamW, metrics: Mapping[str, Any]) ->
     counted = sum(branch.parameters for branch in branched.values())
     of_linears = sum(state.source.numel() for state in job.linears.values())
     about = {"branch_parameters": counted, "branch_share": counted / of_linears} if counted else {}
-    return Trained(linears, params, {**metrics, **about})
+    return Trained(linears, params, {**metrics, **about, **_stored(optimizer)})
+
+
+def _stored(optimizer: SparseAdamW) -> dict[str, float]:
+    """Bits that a weight on grids takes, the mean over all; nothing without grids."""
+    rounding = optimizer.rule.rounding
+    if rounding is None:
+        return {}
+    total = 0.0
+    for name in optimizer.sparse:
+        shape = optimizer.parameters[name].shape
+        size = group_of(rounding, name, shape[1])
+        total += shape.numel() * bits_per_weight(rounding, optimizer.pattern, size)
+    return {"bits_per_weight": total / optimizer.sparse_numel}

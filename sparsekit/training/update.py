@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.pattern import Pattern
+from sparsekit.quant import Rounding
 from sparsekit.training.world import ALONE, World
 
 SecondMoment = Literal["momentum", "gradient"]
@@ -32,6 +33,7 @@ class Rule:
         decay_rule: `l2` pulls a pruned weight by λ·w, `l1` mixes λ·sign(w) into its momentum.
         scaling: Learned scales of a row of a sparse weight, see `scaling`; 0 for none.
         masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
+        rounding: Grids that kept weights are put on, see `grids`; None for none.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -40,6 +42,7 @@ class Rule:
     decay_rule: DecayRule = "l2"
     scaling: int = 0
     masked: bool = True
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,19 @@ def test_grids_are_the_references(symmetric):
             assert (found._loss(weight) <= expected._loss(weight) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_odd_grids_are_the_references(bits):
+    generator = torch.Generator(CUDA).manual_seed(1)
+    weight = torch.randn((1008, 128), generator=generator, device=CUDA)
+    weight *= Pattern(2, 4).keep(weight.abs())
+    weight[5] = 0.0
+    for mse in (False, True):
+        expected = Grid.fit_reference(weight, bits, symmetric=True, mse=mse, odd=True)
+        found = Grid(*fit(weight, bits, True, mse, True), bits, odd=True)
+        assert agreement(found.scale, expected.scale) > (0.99 if mse else 0.999999)
+        assert (found._loss(weight) <= expected._loss(weight) * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8), Pattern(1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masks_are_the_references(pattern, dtype):

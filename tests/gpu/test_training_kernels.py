@@ -6,6 +6,7 @@ from torch import nn
 
 from sparsekit.pattern import Pattern
 from sparsekit.training.distill import IGNORED, Objective, chunked_loss, loss_reference, slice_loss_reference
+from sparsekit.training.grids import integers, on_grid, rounding_of
 from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
 
@@ -82,9 +83,37 @@ def test_refresh_in_the_launch_of_the_update():
     assert 0 < int(fused.flips[0]) <= int(fused.flips[1]) + int(fused.flips[0])
 
 
+@pytest.mark.parametrize("memory", [Memory(), LEAN])
+@pytest.mark.parametrize(
+    ("bits", "levels", "size"), [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1)]
+)
+@pytest.mark.parametrize("pattern", [TWO_OF_FOUR, Pattern(1, 2), Pattern.unstructured(0.0)])
+def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory):
+    made = pair(torch.bfloat16, Rule(rounding=rounding_of(bits, size, levels)), pattern, memory)
+    (one, reference), (two, fused) = made
+    for number in range(1, 6):
+        give_gradients((one, two))
+        for _, optimizer in made:
+            optimizer.advance(Step(number, lr=1e-2, decay=1e-2, refresh=number % 2 == 0))
+            if number == 1:
+                optimizer.regrid()
+        for name in ("a", "b"):
+            parameter = getattr(two, name).weight
+            state = fused.state[parameter]
+            expected = on_grid(state["dense"], state["mask"], state["step"], fused.rule.rounding)
+            assert torch.equal(parameter, expected.bfloat16()), name
+            whole = integers(state["dense"], state["mask"], state["step"], fused.rule.rounding).dequantize()
+            assert torch.equal(parameter, whole.bfloat16()), name
+        fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
+        for name in ("a", "b"):
+            assert torch.equal(getattr(one, name).weight, getattr(two, name).weight), name
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_device():
-    (_, _), (net, fused) = pair(torch.bfloat16, memory=LEAN)
+    rule = Rule(rounding=rounding_of(2, 8, "odd"))
+    (_, _), (net, fused) = pair(torch.bfloat16, rule, memory=LEAN)
+    fused.regrid()
     clip = torch.ones((), device="cuda")
     give_gradients((net,))
     fused.advance(Step(1, lr=1e-2, refresh=True), clip)

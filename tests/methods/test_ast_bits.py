@@ -1,0 +1,256 @@
+"""AST with bits: masks and integer grids trained together."""
+
+import json
+
+import pytest
+import torch
+from test_ast import SETTING, make_job
+from test_ast_options import Killed, killed_at
+from test_run import AST, run, write
+
+from sparsekit.errors import RecipeError
+from sparsekit.methods.ast import ast
+from sparsekit.pattern import Pattern
+from sparsekit.quant import Grid
+from sparsekit.recipe import read_recipe
+from sparsekit.training.grids import bits_per_weight, fitted, on_grid, rounding_of
+from sparsekit.training.optim import Rule, SparseAdamW, Step
+from sparsekit.verify import verified
+
+SEARCHED = 5
+TWO_OF_FOUR, DENSE = Pattern(2, 4), Pattern.unstructured(0.0)
+INT4 = {**SETTING, "bits": 4, "group_size": 8}
+ODD2 = {**SETTING, "bits": 2, "levels": "odd", "group_size": 8}
+ARMS = {
+    "int4": INT4,
+    "int3 a row": {**INT4, "bits": 3, "group_size": -1},
+    "odd 2": ODD2,
+    "signs": {**ODD2, "bits": 1},
+    "late": {**INT4, "quantize_from": 0.5},
+    "at the end": {**INT4, "quantize_from": 1.0},
+    "in the freeze": {**INT4, "quantize_from": 0.9},
+    "lean": {**ODD2, "states": "float8", "masters": "bfloat16"},
+    "branch": {**INT4, "slorb": 16},
+    "fixed": {**INT4, "freeze": 1.0, "decay": 0.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def short_search(monkeypatch):
+    """Steps are searched for at every choice of the mask, which takes longer than the rest of these runs."""
+    monkeypatch.setattr("sparsekit.quant.MSE_STEPS", SEARCHED)
+
+
+def same(a, b):
+    for name, state in a.linears.items():
+        assert state.quantized.equal(b.linears[name].quantized), name
+        assert torch.equal(state.mask, b.linears[name].mask), name
+    for name in a.params:
+        assert torch.equal(a.params[name], b.params[name]), name
+
+
+@pytest.mark.parametrize("setting", ARMS.values(), ids=ARMS.keys())
+def test_the_integers_are_what_the_student_computes_with(tmp_path, setting):
+    job = make_job(tmp_path)
+    trained = ast(job, **setting)
+    modules = dict(job.student.named_modules())
+    odd = setting.get("levels") == "odd"
+    for name, state in trained.linears.items():
+        assert torch.equal(state.quantized.dequantize(), modules[name].weight), name
+        assert torch.equal(state.weight, modules[name].weight)
+        record = verified(job.linears[name], state, kind="train", pattern=TWO_OF_FOUR, integers=True)
+        assert record.violations == 0
+        assert record.bits == setting["bits"] + odd
+        level = state.quantized.codes.int() - 2 ** (record.bits - 1)
+        assert not level[~state.mask].any()
+        if odd:
+            assert torch.equal(level % 2 == 1, state.mask)
+            assert level.abs().max() == 2 ** setting["bits"] - 1
+
+
+def test_every_matmul_sees_the_grid_from_its_step_on(tmp_path):
+    job, seen = make_job(tmp_path), []
+    name = next(iter(job.linears))
+
+    def look(module, arguments):
+        if module.training or torch.is_grad_enabled():
+            seen.append(max(len(row.unique()) for row in module.weight.detach()))
+
+    dict(job.student.named_modules())[name].register_forward_pre_hook(look)
+    ast(job, **{**ODD2, "group_size": -1, "quantize_from": 0.5})
+    calls = len(seen) // 24
+    assert min(seen[: 12 * calls]) > 5
+    assert max(seen[12 * calls :]) <= 5  # ±1, ±3 and 0
+
+
+def test_dense_weights_on_a_grid_have_no_mask(tmp_path):
+    job = make_job(tmp_path)
+    trained = ast(job, pattern=DENSE, **ODD2)
+    for state in trained.linears.values():
+        assert state.mask is None
+        assert (state.quantized.codes % 2 == 1).all()
+    assert trained.metrics["initial_flip_rate"] == 0
+    assert trained.metrics["bits_per_weight"] == 2 + 16 / 8
+
+
+def test_a_mask_from_before_stays_without_a_pattern(tmp_path):
+    job = make_job(tmp_path)
+    masks = {name: TWO_OF_FOUR.keep(torch.rand_like(state.source)) for name, state in job.linears.items()}
+    job.linears.update({name: state.masked(masks[name]) for name, state in job.linears.items()})
+    trained = ast(job, pattern=DENSE, **INT4)
+    for name, state in trained.linears.items():
+        assert torch.equal(state.mask, masks[name])
+
+
+@pytest.mark.parametrize("arm", ["odd 2", "late", "lean"])
+def test_killed_training_continues_to_the_same_bits(tmp_path, arm):
+    setting = {**ARMS[arm], "checkpoint_every": 5}
+    whole = ast(make_job(tmp_path / "whole"), **setting)
+    for step in (7, 16, 23):  # before the grids, between choices of the mask, in the freeze
+        job = make_job(tmp_path / f"killed-{step}")
+        object.__setattr__(job, "progress", killed_at(step))
+        with pytest.raises(Killed):
+            ast(job, **setting)
+        again = ast(make_job(tmp_path / f"killed-{step}"), **setting)
+        same(whole, again)
+
+
+def brute(weight, levels):
+    """The least Σ |error|^2.4 of a group over the scales that the search tries, by hand."""
+    best = None
+    high = float(weight.abs().max())
+    for i in range(80):
+        step = torch.tensor(high * (1 - i / 100) / max(levels)).half().float()
+        values = torch.tensor([level * float(step) for level in levels])
+        error = (weight[:, None] - values).abs().min(1).values.pow(2.4).sum()
+        if best is None or error < best[0]:
+            best = float(error), float(step)
+    return best
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_odd_steps_are_the_best_of_all_that_are_tried(bits, monkeypatch):
+    monkeypatch.setattr("sparsekit.quant.MSE_STEPS", 80)
+    torch.manual_seed(bits)
+    weight = torch.randn(6, 32)
+    mask = TWO_OF_FOUR.keep(weight.abs())
+    rounding = rounding_of(bits, 16, "odd")
+    step = fitted(weight, mask, rounding, 16)
+    levels = [sign * odd for odd in range(1, 2**bits, 2) for sign in (-1, 1)]
+    rounded = on_grid(weight, mask, step, rounding)
+    for row in range(6):
+        for group in range(2):
+            part = slice(16 * group, 16 * group + 16)
+            kept = mask[row, part]
+            error, expected = brute(weight[row, part][kept], levels)
+            found = (rounded[row, part] - weight[row, part])[kept].abs().pow(2.4).sum()
+            assert found == pytest.approx(error, rel=1e-4)
+            assert float(step[row, group]) == pytest.approx(expected, rel=2e-3)
+            values = torch.tensor(levels) * step[row, group]
+            nearest = (weight[row, part][kept][:, None] - values).abs().min(1).values
+            assert torch.allclose((rounded[row, part] - weight[row, part])[kept].abs(), nearest, atol=1e-6)
+
+
+def test_kept_zeros_and_empty_groups_have_levels():
+    rounding = rounding_of(2, 8, "odd")
+    weight, mask = torch.zeros(2, 16), torch.ones(2, 16, dtype=torch.bool)
+    weight[0, 3], mask[1] = 0.5, False
+    step = fitted(weight, mask, rounding, 8)
+    rounded = on_grid(weight, mask, step, rounding)
+    assert torch.isfinite(rounded).all()
+    assert not rounded[1].any()
+    assert (rounded[0].abs() > 0).all()
+    assert torch.equal(step, step.half().float())
+
+
+def test_gradients_go_straight_through():
+    torch.manual_seed(0)
+    nets = [torch.nn.Linear(16, 4, bias=False) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    mask = {"weight": TWO_OF_FOUR.keep(nets[0].weight.detach().abs())}
+    plain, gridded = (
+        SparseAdamW(net, mask, TWO_OF_FOUR, Rule(rounding=rounding))
+        for net, rounding in zip(nets, (None, rounding_of(2, 8, "odd")), strict=True)
+    )
+    gridded.regrid()
+    assert not torch.equal(nets[0].weight, nets[1].weight)
+    for net in nets:
+        net.weight.grad = torch.ones_like(net.weight)
+    for optimizer in (plain, gridded):
+        optimizer.advance(Step(1, lr=1e-2))
+    states = [optimizer.state[net.weight] for optimizer, net in zip((plain, gridded), nets, strict=True)]
+    assert torch.equal(states[0]["dense"], states[1]["dense"])
+
+
+def test_steps_stay_between_choices_of_the_mask():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(16, 4, bias=False)
+    mask = {"weight": TWO_OF_FOUR.keep(net.weight.detach().abs())}
+    optimizer = SparseAdamW(net, mask, TWO_OF_FOUR, Rule(rounding=rounding_of(4, 8, "integer")))
+    optimizer.regrid()
+    first = optimizer.step("weight").clone()
+    for number, refresh in ((1, False), (2, False), (3, True)):
+        net.weight.grad = torch.randn_like(net.weight)
+        optimizer.advance(Step(number, lr=1e-2, refresh=refresh))
+        assert torch.equal(optimizer.step("weight"), first) is not refresh
+        state = optimizer.state[net.weight]
+        assert torch.equal(net.weight, on_grid(state["dense"], state["mask"], state["step"], optimizer.rule.rounding))
+    kept = state["dense"].masked_fill(~state["mask"], 0.0).reshape(4, 2, 8)
+    assert torch.equal(state["step"], Grid.fit(kept, 4).scale)
+
+
+def test_bits_of_a_weight():
+    assert bits_per_weight(rounding_of(4, 128, "integer"), TWO_OF_FOUR, 128) == 3 + 1 / 8
+    assert bits_per_weight(rounding_of(2, 128, "odd"), TWO_OF_FOUR, 128) == 2 + 1 / 8
+    assert bits_per_weight(rounding_of(2, 128, "odd"), DENSE, 128) == 2 + 1 / 8
+    assert bits_per_weight(rounding_of(4, 64, "integer"), Pattern(4, 8), 64) == 3.5 + 1 / 4
+
+
+REFUSED = {
+    "levels: odd": "levels: odd needs bits",
+    "bits: 1": "1 bit has the levels -1 and 0",
+    "bits: 8, levels: odd": "up to 7 bits",
+    "bits: 4, forward: dense": "forward: dense computes with pruned weights",
+    "bits: 4, weight_scaling: 2": "weight_scaling multiplies rows",
+    "bits: 9": "bits",
+    "sparsity: 0": "ast without bits trains N:M patterns",
+    "bits: 4, sparsity: 0.5": "ast trains N:M patterns",
+}
+
+
+def recipe_of(tmp_path, steps, formats="[]"):
+    path = tmp_path / "r.yaml"
+    text = "name: t\nmodel: {path: builtin:tiny}\ndata:\n  train: {path: builtin:train}\n"
+    text += "  calibration: {path: builtin:calibration, samples: 2}\n"
+    path.write_text(f"{text}steps:\n{steps}\nexport: {{formats: {formats}}}\n")
+    return path
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED.items())
+def test_contradictions_are_told(tmp_path, keys, message):
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}"))
+
+
+def test_a_step_with_bits_is_the_quantizer(tmp_path):
+    joint, plain = "  - {method: ast, tokens: 1K, bits: 4}", "  - {method: ast, tokens: 1K}"
+    read_recipe(recipe_of(tmp_path, joint, "[gptq, sparsekit-24]"))
+    with pytest.raises(RecipeError, match="no step quantizes"):
+        read_recipe(recipe_of(tmp_path, plain, "[gptq]"))
+    with pytest.raises(RecipeError, match="quantizes what step 1"):
+        read_recipe(recipe_of(tmp_path, f"{joint}\n  - {{method: gptq}}"))
+    with pytest.raises(RecipeError, match="trains weights that step 1"):
+        read_recipe(recipe_of(tmp_path, f"{joint}\n{plain}"))
+    with pytest.raises(RecipeError, match="quantizes what step 1"):
+        read_recipe(recipe_of(tmp_path, f"  - {{method: rtn}}\n{joint}"))
+    read_recipe(recipe_of(tmp_path, f"  - {{method: wanda}}\n{joint}"))
+
+
+def test_a_run_reports_evaluates_and_exports_the_integers(tmp_path, random_model):
+    step = AST.replace("ast,", "ast, bits: 2, levels: odd, group_size: 16,")
+    run(write(tmp_path, random_model, step, formats="dense, gptq"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"][0]["violations"] == 0
+    assert report["steps"][0]["bits"] == [3]  # of a code: the zeros are codes too
+    assert report["steps"][0]["training"]["bits_per_weight"] == 2 + 16 / 16
+    assert [export["format"] for export in report["exports"]] == ["dense", "gptq"]
