@@ -103,6 +103,7 @@ class Step:
         wrong = method.check(values) if method.check is not None else None
         if wrong is not None:
             raise _error((wrong[0],) if wrong[0] in raw else (), wrong[1], raw.get(wrong[0]))
+        given |= {"pattern": values["pattern"]} if by_sparsity else {}
         written = frozenset(name for name in method.parameters.model_fields if name in given)
         params = method.parameters.model_construct(set(written), **values)
         schedule: Schedule = read.schedule if has_schedule(method) else "block"
