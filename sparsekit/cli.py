@@ -247,6 +247,7 @@ def bench(small: bool, device: str, as_json: bool) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For drawing.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--fuse", is_flag=True, help="Compile the step first: a minute for a large model, then faster tokens.")
 @click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
 @click.option("--dtype", default="auto", help="What is computed in; the checkpoint's own, on a CPU float32.")
 @click.option("--stats", "with_stats", is_flag=True, help="Print time to first token, tokens per second and memory.")
@@ -258,6 +259,7 @@ def generate(
     temperature: float,
     seed: int,
     chat: bool,
+    fuse: bool,
     device: str,
     dtype: str,
     with_stats: bool,
@@ -277,7 +279,9 @@ def generate(
         loaded, stats = load_model(directory, device=device, dtype=dtype), Stats()
         for note in loaded.notes:
             click.echo(f"note: {note}", err=True)
-        coming = stream(loaded.model, tokens, max_tokens=max_tokens, temperature=temperature, seed=seed, stats=stats)
+        coming = stream(
+            loaded.model, tokens, max_tokens=max_tokens, temperature=temperature, seed=seed, fuse=fuse, stats=stats
+        )
         try:
             write_text(coming, tokenizer, partial(click.echo, nl=False))
         finally:

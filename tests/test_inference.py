@@ -367,6 +367,19 @@ def test_a_decoder_reads_another_prompt_and_several_at_once(exports):
     assert both.read()() == [list(stream(model, TOKENS[:, at : at + 16], max_tokens=2))[1] for at in (0, 7)]
 
 
+def test_torch_compile_sees_the_whole_step_as_one_graph(exports):
+    """With its real backend that takes a minute; without one it is what matters here: no break in the graph."""
+    model = sk.load(exports / "sparsekit-24", device="cpu")
+    decoder = Decoder(model, 40)
+    decoder._call = torch.compile(model.forward, dynamic=False, fullgraph=True, backend="eager")
+    decoder.prefill(TOKENS)
+    found = decoder.read()()
+    for _ in range(8):
+        decoder.step()
+        found += decoder.read()()
+    assert found == list(stream(model, TOKENS, max_tokens=9))
+
+
 def test_drawing_follows_the_seed(exports):
     model = sk.load(exports / "sparsekit-24", device="cpu")
     drawn = [list(stream(model, TOKENS, max_tokens=12, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +27,18 @@ class Decoder:
         eager: Why steps do not run as a CUDA graph; empty where they do, and before `capture`.
     """
 
-    def __init__(self, model: PreTrainedModel, context: int, batch: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, batch: int = 1, *, fuse: bool = False) -> None:
         """Set buffers aside.
 
         Args:
             model: In eval mode.
             context: Tokens that prompt and answer may have together.
             batch: Prompts at once.
+            fuse: Let torch.compile make one kernel of the small operations between the linears. That takes about
+                a minute for a large model, at the first step.
         """
         self.model = model
+        self._call: Callable[..., Any] = torch.compile(model.forward, dynamic=False, fullgraph=True) if fuse else model
         self.device = model.device
         self.eager = ""
         parameters = inspect.signature(type(model).forward).parameters
@@ -75,9 +79,9 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, cache: DynamicCache | StaticCache, mask: Tensor | None = None) -> Tensor:
         """Logits of the last token, [batch, vocabulary]."""
-        places = None if mask is None else self._position
+        places, call = (None, self.model) if mask is None else (self._position, self._call)
         held = {self._cache_name: cache, **self._last_only}
-        output = self.model(
+        output = call(
             input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True, return_dict=True, **held
         )
         logits: Tensor = output.logits[:, -1]
@@ -125,6 +129,7 @@ class Decoder:
         except RuntimeError as error:
             torch.cuda.synchronize(self.device)
             self.eager = f"the step cannot be recorded: {str(error).partition(chr(10))[0]}"
+            self._call = self.model
         self._rewind(length, token, position)
         self.logits.copy_(logits)
 

@@ -115,6 +115,7 @@ def stream(
     max_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
+    fuse: bool = False,
     stats: Stats | None = None,
 ) -> Iterator[int]:
     """Generate tokens and yield each as soon as it is known; the last one may be an end of text.
@@ -125,6 +126,7 @@ def stream(
         max_tokens: At most so many; the context may end earlier.
         temperature: 0 takes the most likely token; above, tokens are drawn.
         seed: For drawing.
+        fuse: See `Decoder`.
         stats: Filled in as it goes.
     Raises:
         RecipeError: A setting makes no sense, or the prompt leaves no room in the context.
@@ -132,11 +134,13 @@ def stream(
     room = check_request(model, tokens, max_tokens, temperature)
     told = Stats() if stats is None else stats
     generator = torch.Generator(model.device).manual_seed(seed)
-    return _stream(model, tokens, room, "length" if room == max_tokens else "context", temperature, generator, told)
+    told.prompt, told.model_bytes = tokens.shape[1], bytes_of(model)
+    decoder = Decoder(model, tokens.shape[1] + room, fuse=fuse)
+    return _stream(decoder, tokens, room, "length" if room == max_tokens else "context", temperature, generator, told)
 
 
 def _stream(
-    model: PreTrainedModel,
+    decoder: Decoder,
     tokens: Tensor,
     room: int,
     limit: str,
@@ -144,17 +148,15 @@ def _stream(
     generator: torch.Generator,
     told: Stats,
 ) -> Iterator[int]:
-    told.prompt, told.model_bytes = tokens.shape[1], bytes_of(model)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    decoder = Decoder(model, tokens.shape[1] + room)
+    if decoder.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(decoder.device)
     begun = time.perf_counter()
     decoder.prefill(tokens)
     if temperature:
         decoder.choose(temperature, generator)
     (token,) = decoder.read()()
     told.first = time.perf_counter() - begun
-    ends, told.tokens = end_tokens(model), 1
+    ends, told.tokens = end_tokens(decoder.model), 1
     yield token
     if token not in ends:
         for token in _rest(decoder, room - 1, temperature, generator, told):

@@ -7,6 +7,8 @@ paths that multiply with it. A `PackedLinear` stands where the model had an `nn.
 from __future__ import annotations
 
 import importlib
+import itertools
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, cast
@@ -61,6 +63,8 @@ class Product(nn.Module):
         self.limit: int = kernel.MAX_TOKENS if kernel is not None else 0
         self._kernel = kernel
         self._arranged: Any = None if kernel is None else kernel.arrange(packed)
+        self._number = next(_NUMBERS)
+        _PRODUCTS[self._number] = self
         held = None if kernel is not None else packed
         self.register_buffer("values", None if held is None else held.values)
         self.register_buffer("positions", None if held is None else held.positions)
@@ -105,15 +109,21 @@ class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         flat = x.reshape(-1, self.in_features)
-        if len(flat) <= self.limit:
-            product = cast("Tensor", self._kernel.multiply(flat.contiguous(), self._arranged))
-        elif self.device.type == "cpu":
-            product = multiply_reference(flat, self.packed)
+        if torch.compiler.is_compiling():
+            product = cast("Tensor", packed_product(flat, self._number, self.out_features))
         else:
-            product = flat @ self.dense().t()
+            product = self.multiply(flat)
         if self.bias is not None:
-            product += self.bias
+            product = product + self.bias
         return product.view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Without the bias, [tokens, in] to [tokens, out]."""
+        if len(x) <= self.limit:
+            return cast("Tensor", self._kernel.multiply(x.contiguous(), self._arranged))
+        if self.device.type == "cpu":
+            return multiply_reference(x, self.packed)
+        return x @ self.dense().t()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Product:
         """Let the module move and keep its values: `model.half()` must not round scales.
@@ -134,6 +144,21 @@ class Product(nn.Module):
         """For `print(model)`."""
         path = f"kernel up to {self.limit} tokens" if self.limit else "reference"
         return f"{self.in_features} -> {self.out_features}, {self.form}, groups of {self.group_size}, {path}"
+
+
+_NUMBERS = itertools.count()
+_PRODUCTS: weakref.WeakValueDictionary[int, Product] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("sparsekit::packed_product", mutates_args=())
+def packed_product(x: Tensor, number: int, out_features: int) -> Tensor:
+    """`Product.multiply` for torch.compile, which looks into neither kernels nor packed weights."""
+    return _PRODUCTS[number].multiply(x)
+
+
+@packed_product.register_fake
+def _shape(x: Tensor, number: int, out_features: int) -> Tensor:
+    return x.new_empty(len(x), out_features)
 
 
 class Shared:
@@ -164,8 +189,8 @@ class Shared:
 
 
 def _version(x: Tensor) -> int:
-    """Counts changes in place; tensors of inference mode do not count theirs."""
-    return 0 if x.is_inference() else x._version
+    """Counts changes in place; tensors of inference mode and of a compiler do not count theirs."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class PackedLinear(nn.Module):
