@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.blockwise.activations import Activations
-from sparsekit.blockwise.walk import Walk, resident, sent
+from sparsekit.blockwise.stacking import sent
+from sparsekit.blockwise.walk import Walk, resident
 from sparsekit.checkpoint import BlockState, StepStore, write_json, write_tensors
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern

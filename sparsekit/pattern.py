@@ -162,10 +162,13 @@ class Pattern:
         Args:
             weight: [out, in]; a mask works as well.
         """
+        return int(self.count_violations(weight != 0))
+
+    def count_violations(self, nonzero: Tensor) -> Tensor:
+        """`violations` of what is not zero, bool [out, in]; 0-dim on its device, which is not waited for."""
         if not self.structured:
-            return 0
-        nonzero = (weight != 0).reshape(*weight.shape[:-1], -1, self.m).sum(-1)
-        return int((nonzero > self.n).sum())
+            return torch.zeros((), dtype=torch.int64, device=nonzero.device)
+        return (nonzero.reshape(*nonzero.shape[:-1], -1, self.m).sum(-1) > self.n).sum()
 
     def groups(self, weight: Tensor) -> int:
         """Number of groups of M in a weight; 0 for an unstructured pattern."""

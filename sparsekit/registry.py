@@ -30,6 +30,7 @@ Kind = Literal["prune", "train", "quantize", "allocate"]
 Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[Mapping[str, Any]], tuple[str, str] | None]
+Rowwise = Callable[[Mapping[str, Any]], bool]
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
 NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
@@ -55,6 +56,8 @@ class Method:
         check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
         dense: The linears it is given carry their dense values, `LinearState.dense`.
         integers: Of a trainer: whether its result is integers, given all parameters. None for never.
+        rowwise: Whether, with these arguments, the result of a row depends on that row and the statistic
+            alone: linears with one input may then be handed over as one. None is never.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Method:
     dense: bool = False
     check: Check | None = None
     integers: Callable[[Mapping[str, Any]], bool] | None = None
+    rowwise: Rowwise | None = None
 
     def quantizes(self, values: Mapping[str, Any]) -> bool:
         """Whether its result is integers with these parameters; all of them, by name."""
@@ -101,6 +105,11 @@ class Method:
             if annotation in (info.annotation, *typing.get_args(info.annotation)):
                 return name
         return None
+
+    def by_rows(self, arguments: Mapping[str, Any]) -> bool:
+        """`rowwise` of some arguments; those that are absent have their defaults."""
+        defaults = {name: info.default for name, info in self.parameters.model_fields.items()}
+        return self.rowwise is not None and self.rowwise({**defaults, **arguments})
 
 
 class Registry:
@@ -206,7 +215,12 @@ METHODS = Registry()
 
 
 def linear_method(
-    name: str, *, kind: Kind, stats: type[Statistic] | None = None, dense: bool = False
+    name: str,
+    *,
+    kind: Kind,
+    stats: type[Statistic] | None = None,
+    dense: bool = False,
+    rowwise: Rowwise | None = None,
 ) -> Callable[[F], F]:
     """Register `f(layer: LinearState, [stats], /, *, params) -> LinearState`, called for every linear.
 
@@ -215,8 +229,9 @@ def linear_method(
         kind: See `Method`.
         stats: The statistic of the layer's inputs to collect, None for no calibration.
         dense: Hand the values before any pruning over in `layer.dense`.
+        rowwise: See `Method`.
     """
-    return _decorator(name, kind, "linear", stats, dense)
+    return _decorator(name, kind, "linear", stats, dense, rowwise=rowwise)
 
 
 def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -259,10 +274,11 @@ def _decorator(
     dense: bool = False,
     check: Check | None = None,
     integers: Callable[[Mapping[str, Any]], bool] | None = None,
+    rowwise: Rowwise | None = None,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
         made = _method(name, kind, scope, stats, function)
-        METHODS.register(replace(made, dense=dense, check=check, integers=integers))
+        METHODS.register(replace(made, dense=dense, check=check, integers=integers, rowwise=rowwise))
         return function
 
     return register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -94,28 +94,99 @@ def verified(
         PatternError: A mask was changed by a quantizer, a pruned entry is not zero, or a group
             holds more than N non-zeros.
     """
+    if integers and kind != "quantize" and after.quantized is None:
+        raise MethodError("a method that trains integers returned none", layer=before.name)
+    return concluded([examined(before, after, kind, pattern, statistic, input_scale, seconds)])[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Examined:
+    """One linear's proof before anybody has looked at it: counts on the device, and what they are counts of.
+
+    Attributes:
+        counts: float64 [8] in the order of `record`'s checks, on the layer's device.
+        proven: The record they belong to, as if nothing were wrong.
+        groups_of: The pattern in words, for the message.
+    """
+
+    counts: Tensor
+    proven: LayerRecord
+    groups_of: str
+
+    def record(self, counts: Sequence[float]) -> LayerRecord:
+        """The record, once the counts are on the host; raises as `verified`."""
+        layer = self.proven.name
+        infinite, changed, branch, revived, negative, violations, sparsity, error = counts
+        if infinite:
+            raise MethodError("the method returned values that are not finite", layer=layer)
+        if changed:
+            raise PatternError("a quantizer changed the mask", layer=layer)
+        if branch:
+            raise MethodError("the method returned a low-rank branch that is not finite", layer=layer)
+        if revived:
+            raise PatternError(f"{int(revived)} pruned weights are not zero", layer=layer)
+        if negative:
+            raise PatternError("pruned weights are stored as -0.0", layer=layer)
+        if violations:
+            told = f"{int(violations)} of {self.proven.groups} groups break the {self.groups_of} pattern"
+            raise PatternError(told, layer=layer)
+        return replace(self.proven, sparsity=sparsity, error=error)
+
+
+def concluded(examinations: Sequence[Examined]) -> list[LayerRecord]:
+    """The records of some linears of one device, which is waited for once.
+
+    Raises:
+        MethodError: As `verified`, for the first of them that breaks a promise.
+        PatternError: Likewise.
+    """
+    if not examinations:
+        return []
+    counts = torch.stack([each.counts for each in examinations]).tolist()
+    return [each.record(found) for each, found in zip(examinations, counts, strict=True)]
+
+
+def examined(
+    before: LinearState,
+    after: LinearState,
+    kind: Kind,
+    pattern: Pattern | None,
+    statistic: Statistic | None,
+    input_scale: Tensor | None,
+    seconds: float,
+) -> Examined:
+    """`verified` without waiting for the device; only what the host knows is raised here."""
     weight = after.weight
     if weight.shape != before.source.shape:
         raise MethodError(f"the method changed the shape to {list(weight.shape)}", layer=before.name)
-    if not torch.isfinite(weight).all():
-        raise MethodError("the method returned values that are not finite", layer=before.name)
-    if kind == "quantize":
-        _check_quantized(before, after)
-    elif integers and after.quantized is None:
-        raise MethodError("a method that trains integers returned none", layer=before.name)
-    _check_branch(before, after)
-    violations = _violations(before, after, weight, pattern)
-    error, error_of = relative_error(
+    if kind == "quantize" and after.quantized is None:
+        raise MethodError("a quantizer returned no integers; use layer.with_quantized(...)", layer=before.name)
+    if after.branch is None and before.branch is not None:
+        message = "the method dropped the low-rank branch; folded into the weight it would make it dense"
+        raise MethodError(message, layer=before.name)
+    error, error_of = _relative_error(
         before.effective, weight if after.branch is None else after.effective, statistic, input_scale
     )
-    return LayerRecord(
+    none = weight.new_zeros(())
+    mask, nonzero = after.mask, weight != 0
+    counts = [
+        (~torch.isfinite(weight)).any(),
+        _mask_changed(before, after, weight) if kind == "quantize" else none,
+        none if after.branch is None else torch.stack([_infinite(value) for _, value in after.branch.tensors()]).any(),
+        none if mask is None else (nonzero & ~mask).sum(),
+        none if mask is None else (torch.signbit(weight) & ~mask).any(),
+        none if pattern is None else pattern.count_violations(nonzero),
+        (~nonzero).float().mean(),
+        error,
+    ]
+    proven = LayerRecord(
         name=before.name,
         shape=(weight.shape[0], weight.shape[1]),
-        sparsity=float((weight == 0).float().mean()),
+        sparsity=0.0,
         pattern=labelled(pattern, after),
         groups=pattern.groups(weight) if pattern else 0,
-        violations=violations,
-        error=error,
+        violations=0,
+        error=0.0,
         error_of=error_of,
         bits=after.quantized.bits if after.quantized else None,
         seconds=seconds,
@@ -123,6 +194,7 @@ def verified(
         rungs=rungs_of(after.notes[len(before.notes) :]),
         branch_parameters=0 if after.branch is None else after.branch.parameters,
     )
+    return Examined(torch.stack([count.double() for count in counts]), proven, str(pattern))
 
 
 def labelled(pattern: Pattern | None, state: LinearState) -> str | None:
@@ -132,36 +204,17 @@ def labelled(pattern: Pattern | None, state: LinearState) -> str | None:
     return f"{pattern}+LR" if pattern else "LR"
 
 
-def _check_branch(before: LinearState, after: LinearState) -> None:
-    if after.branch is None:
-        if before.branch is not None:
-            message = "the method dropped the low-rank branch; folded into the weight it would make it dense"
-            raise MethodError(message, layer=before.name)
-    elif not all(bool(torch.isfinite(value).all()) for _, value in after.branch.tensors()):
-        raise MethodError("the method returned a low-rank branch that is not finite", layer=before.name)
+def _infinite(value: Tensor) -> Tensor:
+    return (~torch.isfinite(value)).any()
 
 
-def _check_quantized(before: LinearState, after: LinearState) -> None:
-    if after.quantized is None:
-        raise MethodError("a quantizer returned no integers; use layer.with_quantized(...)", layer=before.name)
-    if before.mask is not None and (after.mask is None or not torch.equal(after.mask, before.mask)):
-        raise PatternError("a quantizer changed the mask", layer=before.name)
-
-
-def _violations(before: LinearState, after: LinearState, weight: Tensor, pattern: Pattern | None) -> int:
-    if after.mask is not None:
-        revived = int(((weight != 0) & ~after.mask).sum())
-        if revived:
-            raise PatternError(f"{revived} pruned weights are not zero", layer=before.name)
-        if bool((torch.signbit(weight) & ~after.mask).any()):
-            raise PatternError("pruned weights are stored as -0.0", layer=before.name)
-    if pattern is None:
-        return 0
-    violations = pattern.violations(weight)
-    if violations:
-        groups = pattern.groups(weight)
-        raise PatternError(f"{violations} of {groups} groups break the {pattern} pattern", layer=before.name)
-    return violations
+def _mask_changed(before: LinearState, after: LinearState, weight: Tensor) -> Tensor:
+    """Whether the mask a quantizer was given is another one now."""
+    if before.mask is None:
+        return weight.new_zeros(())
+    if after.mask is None or after.mask.shape != before.mask.shape:
+        return weight.new_ones(())
+    return (after.mask != before.mask).any()
 
 
 def relative_error(
@@ -175,10 +228,17 @@ def relative_error(
     Returns:
         tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - Q and "outputs", or |D|² / |W|² and "weights".
     """
+    error, of = _relative_error(before, after, statistic, input_scale)
+    return float(error), of
+
+
+def _relative_error(
+    before: Tensor, after: Tensor, statistic: Statistic | None, input_scale: Tensor | None
+) -> tuple[Tensor, str]:
     if input_scale is not None:
         after = after / input_scale
     change = before - after
     if isinstance(statistic, Gram):
-        base = statistic.energy(before)
-        return float(statistic.energy(change) / base.clamp(min=1e-30)), "outputs"
-    return float(change.square().sum() / before.square().sum().clamp(min=1e-30)), "weights"
+        lost, base = statistic.energies(change, before)
+        return lost / base.clamp(min=1e-30), "outputs"
+    return change.square().sum() / before.square().sum().clamp(min=1e-30), "weights"

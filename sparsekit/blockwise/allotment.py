@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsekit.allocate import Allocate, Measured, checked
 from sparsekit.blockwise.activations import Activations
-from sparsekit.blockwise.walk import resident, sent
+from sparsekit.blockwise.stacking import sent
+from sparsekit.blockwise.walk import resident
 from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
 from sparsekit.errors import MethodError
 from sparsekit.ladder import check_finite

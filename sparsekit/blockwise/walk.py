@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.onepass import CalledAgain
+from sparsekit.blockwise.stacking import at_once, placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
@@ -28,7 +29,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic
-from sparsekit.verify import LayerRecord, as_json, verified
+from sparsekit.verify import Examined, LayerRecord, as_json, concluded, examined
 
 
 @dataclass(slots=True)
@@ -67,6 +68,7 @@ class Walk:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ladder: Ladder = field(default_factory=Ladder)
     _mended: dict[str, tuple[str, ...]] = field(default_factory=dict)  # notes by layer
+    _examined: list[Examined] = field(default_factory=list)
     _records: list[LayerRecord] = field(default_factory=list)
 
     def run(self) -> None:
@@ -86,7 +88,6 @@ class Walk:
             for index in range(total):
                 stored = self.store.stored(index)
                 if stored is None:
-                    self._records.clear()
                     block = self.compressed(index, self._given(index), stream)
                     after = behind.commit(index, block, as_json(self._records, stream.remarks if stream else []))
                     del block  # while the hidden states go through the block, it is there once
@@ -110,6 +111,13 @@ class Walk:
 
     def compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
         """A block after the step, on the device; the stream may have been taken through it."""
+        self._examined.clear()
+        try:
+            return self._compressed(index, block, stream)
+        finally:  # after an error too: a layer before may have led to it, and is then the one to name
+            self._records = concluded(self._examined)
+
+    def _compressed(self, index: int, block: BlockState, stream: Activations | None) -> BlockState:
         names = [name for name in block.linears if name in self.selected]
         if not names:
             return block
@@ -164,7 +172,7 @@ class Walk:
 
         if stream.advance_settling(index, groups, self._kind, mend_and_settle):
             return result
-        self._records.clear()
+        self._examined.clear()
         self.view.materialise(index, block)
         result = block
         for number, group in enumerate(groups):
@@ -185,37 +193,53 @@ class Walk:
         return block
 
     def _each(self, block: BlockState, names: Sequence[str], statistic: Statistic | None) -> BlockState:
-        """Apply a linear-scope method to the named linears of a block."""
+        """Apply a linear-scope method to the named linears of a block, which share an input."""
+        given = {name: sent(block.linears[name], self.view.device) for name in names}
+        states = [self._mended_state(state) for state in given.values()]
+        arguments = [self._arguments(state) for state in states]
+        results = at_once(self.method, states, arguments, statistic) or (
+            self._one(s, statistic) for s in given.values()
+        )
         linears = dict(block.linears)
-        for name in names:
-            given = sent(linears[name], self.view.device)
-            start = time.perf_counter()
-            with _naming(name):
-                result = self._called(given, statistic)
-            linears[name] = self._proved(given, result, statistic, None, start)  # on the device until committed
+        for name, (result, seconds) in zip(names, results, strict=True):
+            # on the device until committed
+            linears[name] = self._proved(given[name], result, statistic, None, seconds)
         return BlockState(linears, block.params)
 
-    def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
+    def _one(self, given: LinearState, statistic: Statistic | None) -> tuple[LinearState, float]:
+        """The method on one linear, and its seconds."""
+        start = time.perf_counter()
+        with _naming(given.name):
+            result: LinearState = self._called(given, statistic)
+        return result, time.perf_counter() - start
+
+    def _arguments(self, given: LinearState | Group) -> Mapping[str, Any]:
+        """The arguments of the method for a layer or a group."""
         arguments = self.arguments
         if isinstance(given, LinearState) and given.name in self.allotted:
             arguments = {**arguments, "pattern": self.allotted[given.name]}
         for name in [given.name] if isinstance(given, LinearState) else given.linears:
             arguments = {**arguments, **self.overrides.get(name, {})}
+        return arguments
+
+    def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
+        arguments = self._arguments(given)
         if statistic is None:
             return self.method.function(given, **arguments)
         if statistic.tokens == 0:  # an expert the router never chose
             width = next(iter(given.linears.values())) if isinstance(given, Group) else given
             statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
             given = _noted(given, UNREACHED)
-        given = self._with_mends(given)
+        if isinstance(given, Group):
+            given = given.with_linears({n: self._mended_state(s) for n, s in given.linears.items()})
+        else:
+            given = self._mended_state(given)
         call = partial(self.method.function, **arguments)
         return self.ladder.apply(call, given, partial(_noted, given), statistic)
 
-    def _with_mends(self, given: LinearState | Group) -> LinearState | Group:
+    def _mended_state(self, state: LinearState) -> LinearState:
         """The state with the notes of its statistic."""
-        if isinstance(given, LinearState):
-            return given.noted(*self._mended.get(given.name, ()))
-        return given.with_linears({n: s.noted(*self._mended.get(n, ())) for n, s in given.linears.items()})
+        return state.noted(*self._mended.get(state.name, ()))
 
     def _group(
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
@@ -231,8 +255,9 @@ class Walk:
         start = time.perf_counter()
         with _naming(", ".join(chosen)):
             result: Group = self._called(group, stat)
+        seconds = time.perf_counter() - start
         linears = {
-            name: self._proved(given[name], state, stat, result.input_scale, start)
+            name: self._proved(given[name], state, stat, result.input_scale, seconds)
             for name, state in result.linears.items()
         }
         block = BlockState({**block.linears, **linears}, block.params)
@@ -241,19 +266,11 @@ class Walk:
         return block
 
     def _proved(
-        self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, start: float
+        self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, seconds: float
     ) -> LinearState:
-        """Verify one result and keep its record."""
-        record = verified(
-            before,
-            after,
-            kind=self.method.kind,
-            pattern=self.patterns.get(before.name),
-            statistic=stat,
-            input_scale=scale,
-            seconds=time.perf_counter() - start,
-        )
-        self._records.append(record)
+        """Examine one result; whether it holds is read with the others of the block."""
+        pattern = self.patterns.get(before.name)
+        self._examined.append(examined(before, after, self.method.kind, pattern, stat, scale, seconds))
         return after
 
 
@@ -287,21 +304,3 @@ def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
     if isinstance(given, Group):
         return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
     return given.noted(note)
-
-
-def placed(block: BlockState, device: torch.device) -> BlockState:
-    """The block with its tensors on a device."""
-    linears = {name: sent(state, device) for name, state in block.linears.items()}
-    return BlockState(linears, {name: value.to(device) for name, value in block.params.items()})
-
-
-def sent(state: LinearState, device: torch.device) -> LinearState:
-    """The state with its tensors on a device."""
-    quantized = state.quantized
-    if quantized is not None:
-        tensors = {key: getattr(quantized, key).to(device) for key in ("codes", "scale", "zero", "group_of")}
-        quantized = replace(quantized, **tensors)
-    mask = None if state.mask is None else state.mask.to(device)
-    dense = None if state.dense is None else state.dense.to(device)
-    branch = None if state.branch is None else state.branch.to(device)
-    return replace(state, source=state.source.to(device), mask=mask, quantized=quantized, dense=dense, branch=branch)

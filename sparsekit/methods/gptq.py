@@ -16,7 +16,7 @@ Damp = Annotated[float, Field(ge=0.0)]
 ActOrder = Literal["none", "static", "dynamic"]
 
 
-@linear_method("gptq", kind="quantize", stats=Gram)
+@linear_method("gptq", kind="quantize", stats=Gram, rowwise=lambda arguments: True)
 def gptq(
     layer: LinearState,
     gram: Gram,

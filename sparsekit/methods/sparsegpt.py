@@ -17,7 +17,7 @@ BlockSize = Annotated[int, Field(ge=1)]
 GroupOrder = Literal["descending", "natural"]
 
 
-@linear_method("sparsegpt", kind="prune", stats=Gram)
+@linear_method("sparsegpt", kind="prune", stats=Gram, rowwise=lambda arguments: arguments["pattern"].structured)
 def sparsegpt(
     layer: LinearState,
     gram: Gram,

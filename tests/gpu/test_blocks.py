@@ -1,0 +1,65 @@
+"""Blocks on a CUDA device: read ahead, written behind, siblings solved as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsekit.blockwise.stacking import at_once
+from sparsekit.blockwise.streaming import Ahead, Behind
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.pattern import Pattern
+from sparsekit.quant import Grid, QuantizedWeight
+from sparsekit.registry import METHODS
+from sparsekit.state import LinearState
+from sparsekit.stats import Gram
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+def block(index: int, device: torch.device) -> BlockState:
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(index)).bfloat16().float()
+    pruned = LinearState("a.q", weight.to(device)).masked(Pattern(2, 4).keep(weight.abs()).to(device))
+    grid = Grid.fit_reference(weight.reshape(512, -1, 128), 4, symmetric=True, mse=False)
+    codes = grid.encode(weight.reshape(512, -1, 128)).reshape(512, 1024)
+    integers = QuantizedWeight.of(codes, grid, group_size=128, symmetric=True).to(device)
+    return BlockState(
+        {"a.q": pruned, "a.o": LinearState("a.o", weight.to(device)).with_quantized(integers)},
+        {"a.norm": torch.ones(1024, device=device)},
+    )
+
+
+def test_files_are_those_of_the_host_and_come_back_on_the_device(tmp_path):
+    host, device = (StepStore(tmp_path / name, torch.bfloat16) for name in ("host", "device"))
+    with torch.inference_mode(), Behind(device) as behind:
+        for index in range(4):
+            host.commit_block(index, block(index, torch.device("cpu")), [])
+            behind.commit(index, block(index, CUDA), [])
+    for index in range(4):
+        assert host.block_path(index).read_bytes() == device.block_path(index).read_bytes()
+    with torch.inference_mode(), Ahead(lambda index: device.stored(index), CUDA, 4) as ahead:
+        for index in range(4):
+            found, expected = ahead(index), block(index, CUDA)
+            for name, state in expected.linears.items():
+                assert found.linears[name].source.is_cuda
+                assert torch.equal(found.linears[name].weight, state.weight)
+            assert torch.equal(found.linears["a.q"].mask, expected.linears["a.q"].mask)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "gptq"])
+def test_a_stack_gives_what_each_linear_gives_alone(name):
+    gram = Gram.empty(1024, CUDA)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    gram.update(torch.randn(4096, 1024, generator=generator, device=CUDA) * torch.rand(1024, device=CUDA).exp())
+    states = [LinearState(str(n), torch.randn(rows, 1024, device=CUDA)) for n, rows in enumerate((1024, 256, 256))]
+    method = METHODS.get(name)
+    found = at_once(method, states, [{}] * 3, gram)
+    assert found is not None
+    for given, (state, _) in zip(states, found, strict=True):
+        expected = method.function(given, gram)
+        assert state.name == given.name
+        near = (state.weight - expected.weight).abs() <= 1e-4 * expected.weight.abs() + 1e-6
+        assert float(near.float().mean()) > 0.99
+        own, other = (float(gram.energy(given.source - each.weight)) for each in (state, expected))
+        assert own == pytest.approx(other, rel=1e-2)
