@@ -6,12 +6,10 @@ paths that multiply with it. A `PackedLinear` stands where the model had an `nn.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import weakref
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,7 @@ from torch import Tensor, nn
 from sparsekit.branch import Branch, LowRank
 from sparsekit.errors import ModelError
 from sparsekit.inference.packed import PackedWeight, dequantize, multiply_reference, stacked
-
-KERNEL = "sparsekit.kernels.decode"
+from sparsekit.kernels import decode
 
 
 class Product(nn.Module):
@@ -58,14 +55,12 @@ class Product(nn.Module):
         self.group_size = packed.group_size
         self.dtype = dtype
         self.register_buffer("bias", bias)
-        kernel, why = _kernel(packed, dtype)
-        self.why_reference = why
-        self.limit: int = kernel.MAX_TOKENS if kernel is not None else 0
-        self._kernel = kernel
-        self._arranged: Any = None if kernel is None else kernel.arrange(packed)
+        self.why_reference = decode.why_not(packed, dtype, packed.values.device) or ""
+        self.limit = 0 if self.why_reference else decode.MAX_TOKENS
+        self._arranged = None if self.why_reference else decode.arrange(packed)
+        held = packed if self.why_reference else None
         self._number = next(_NUMBERS)
         _PRODUCTS[self._number] = self
-        held = None if kernel is not None else packed
         self.register_buffer("values", None if held is None else held.values)
         self.register_buffer("positions", None if held is None else held.positions)
         self.register_buffer("scales", None if held is None else held.scales)
@@ -77,10 +72,7 @@ class Product(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Everything that takes memory."""
-        if self._arranged is not None:
-            held = [part for part in vars(self._arranged).values() if isinstance(part, Tensor)]
-        else:
-            held = self.packed.tensors()
+        held = self.packed.tensors() if self._arranged is None else [self._arranged.units]
         return held if self.bias is None else [*held, self.bias]
 
     @property
@@ -103,7 +95,7 @@ class Product(nn.Module):
     def dense(self) -> Tensor:
         """The weight [out, in] in the dtype of the activations, made anew."""
         if self._arranged is not None:
-            return cast("Tensor", self._kernel.expand(self._arranged, self.dtype))
+            return decode.expand(self._arranged, self.dtype)
         return dequantize(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,8 +111,8 @@ class Product(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Without the bias, [tokens, in] to [tokens, out]."""
-        if len(x) <= self.limit:
-            return cast("Tensor", self._kernel.multiply(x.contiguous(), self._arranged))
+        if self._arranged is not None and len(x) <= self.limit:
+            return decode.multiply(x, self._arranged)
         if self.device.type == "cpu":
             return multiply_reference(x, self.packed)
         return x @ self.dense().t()
@@ -255,15 +247,3 @@ def fused(weights: list[tuple[PackedWeight, Tensor | None]], dtype: torch.dtype)
         PackedLinear(product, first, out, shared, member)
         for member, (first, out) in enumerate(zip(firsts, rows, strict=True))
     ]
-
-
-def _kernel(packed: PackedWeight, dtype: torch.dtype) -> tuple[Any, str]:
-    """The decode kernel's module, or None and why it does not run."""
-    device = packed.values.device
-    if device.type != "cuda":
-        return None, "the decode kernel needs CUDA"
-    if find_spec(KERNEL) is None:
-        return None, "this version has no decode kernel"
-    kernel = importlib.import_module(KERNEL)
-    why = kernel.why_not(packed, dtype, device)
-    return (None, str(why)) if why else (kernel, "")

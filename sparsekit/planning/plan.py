@@ -189,7 +189,8 @@ def _digest(value: Any) -> str:
 def package_digest() -> str:
     """Digest of sparsekit's own source: another version of the code is another result."""
     root = Path(__file__).parents[1]
-    return _digest([(str(path.relative_to(root)), sha256_file(path)) for path in sorted(root.rglob("*.py"))])
+    sources = sorted([*root.rglob("*.py"), *root.rglob("*.cu")])
+    return _digest([(str(path.relative_to(root)), sha256_file(path)) for path in sources])
 
 
 def model_digest(directory: Path) -> str:

@@ -1,0 +1,101 @@
+"""The decode kernel's order of a weight, checked without a GPU: what tensor cores would make of it, in float64."""
+
+import pytest
+import torch
+from packed import random_packed
+from torch import Tensor
+
+from sparsekit.inference.packed import dequantize
+from sparsekit.kernels.decode import PADDED_ROWS, DecodeWeight, arrange, choose
+
+
+def words(tensor: Tensor) -> list[int]:
+    return [word & 0xFFFFFFFF for word in tensor.tolist()]
+
+
+def float16s(halves: list[int]) -> Tensor:
+    return torch.tensor(halves, dtype=torch.int32).to(torch.int16).view(torch.float16).double()
+
+
+def operands(x: Tensor, unit: list[int], sparse: bool, step: int) -> list[tuple[Tensor, Tensor]]:
+    """A [16, K] and B [K, tokens] of every matrix instruction for 32 inputs, lane by lane as the PTX ISA says.
+
+    "Matrix fragments for sparse mma.m16n8k32 with .f16" and "for mma.m16n8k16"; what the lanes of `decode.cu` hold.
+    """
+    found = []
+    for half in range(1 if sparse else 2):
+        deep = 32 if sparse else 16
+        a, b = torch.zeros(16, deep, dtype=torch.float64), torch.zeros(deep, len(x), dtype=torch.float64)
+        for lane in range(32):
+            g, t = divmod(lane, 4)
+            own = x[:, 8 * t : 8 * t + 8].unflatten(1, (4, 2))
+            if sparse:
+                other = x[:, 8 * (t ^ 1) : 8 * (t ^ 1) + 8].unflatten(1, (4, 2))
+                order = (
+                    [(other, 1), (other, 3), (own, 1), (own, 3)]
+                    if t % 2
+                    else [(own, 0), (own, 2), (other, 0), (other, 2)]
+                )
+                pairs = [whose[:, index] for whose, index in order]
+            else:
+                pairs = [own[:, 2 * half], own[:, 2 * half + 1]]
+            for index, pair in enumerate(pairs):
+                b[2 * t + 8 * index : 2 * t + 8 * index + 2] = pair.T
+            word = unit[4 * lane + step] if sparse else unit[128 * (step // 2) + 4 * lane + 2 * (step % 2) + half]
+            for index in range(4):
+                one, two = ((word >> 4 * place & 15) - 8 for place in (index, index + 4))
+                row, column = g + 8 * (index % 2), index // 2
+                if sparse:
+                    group = t + 4 * column
+                    told = unit[128 + 2 * (4 * g + 2 * (step % 2) + group // 4) + step // 2]
+                    bits = told >> (16 * (index % 2) + 4 * (group % 4))
+                    a[row, 4 * group + (bits & 3)] += one
+                    a[row, 4 * group + (bits >> 2 & 3)] += two
+                else:
+                    a[row, 2 * t + 8 * column], a[row, 2 * t + 8 * column + 1] = one, two
+        found.append((a, b))
+    return found
+
+
+def simulated(x: Tensor, weight: DecodeWeight) -> Tensor:
+    """The product as the kernel forms it, in float64."""
+    row_tiles, units, size = weight.units.shape
+    padded = torch.nn.functional.pad(x.double(), (0, 128 * units - x.shape[1]))
+    y = torch.zeros(len(x), row_tiles, 16, dtype=torch.float64)
+    for r in range(row_tiles):
+        for u in range(units):
+            unit = words(weight.units[r, u])
+            for step in range(4):
+                at = size - 8 * weight.scales + 8 * (step * weight.scales // 4)
+                pairs = unit[at : at + 8]
+                scale = float16s([pair & 0xFFFF for pair in pairs] + [pair >> 16 for pair in pairs])
+                inputs = padded[:, 128 * u + 32 * step : 128 * u + 32 * step + 32]
+                for a, b in operands(inputs, unit, weight.sparse, step):
+                    y[:, r] += (a @ b).T * scale
+    return y.flatten(1)[:, : weight.shape[0]]
+
+
+@pytest.mark.parametrize(
+    ("out", "columns", "group_size", "sparse"),
+    [(24, 160, 32, True), (40, 256, 128, True), (16, 192, 64, True), (16, 128, 32, True), (24, 256, 256, True),
+     (24, 256, 128, False), (16, 192, 64, False)],
+)  # fmt: skip
+def test_tensor_cores_see_the_weight(out: int, columns: int, group_size: int, sparse: bool) -> None:
+    packed = random_packed(out, columns, group_size, sparse)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ dequantize(packed, torch.float64).T
+    torch.testing.assert_close(simulated(x, arrange(packed)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_takes_three_bits_and_its_scales() -> None:
+    weight = arrange(random_packed(128, 512, 128, True))
+    assert weight.units.nbytes * 8 == 128 * 512 * 3.125
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("row_tiles", [4, 256, 512, 768, 1376, 3584])
+def test_every_cut_can_run(tokens: int, row_tiles: int) -> None:
+    cut = choose(tokens, row_tiles, 132)
+    assert PADDED_ROWS % cut.rows == 0
+    assert cut.threads <= 1024
+    assert cut.input_warps * 8 * -(-tokens // 8) * cut.rows * 4 <= 48 * 1024, "static shared memory"
