@@ -56,6 +56,7 @@ def test_report_adds_the_card(tmp_path, random_model):
     page = (directory / "report.html").read_text()
     assert "no less memory than the dense model" in page
     assert "semi-structured tensors need CUDA" in page
+    assert "kernel for packed integers needs CUDA" in page
     assert "Serving speed was not measured" not in page
     assert "zeros in place" in output
 
@@ -93,3 +94,16 @@ def test_a_run_without_its_steps_is_named(tmp_path, random_model):
     result = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "--deploy"])
     assert result.exit_code == 2
     assert "missing or damaged; run the recipe again" in result.output
+
+
+def test_decoding_is_a_verdict_of_its_own():
+    form = "2:4 + int4, sparsekit kernel"
+    rows = [
+        {"form": form, "work": work, "batch": 1, "ratio": ratio}
+        for work, ratio in (("prompts", 0.9), ("decoding", 2.5))
+    ]
+    said = list(verdicts(rows, {"dense": 100, form: 30}, [{"format": "gptq", "bits_per_weight": 4.2}]))
+    assert said == [
+        f"{form}: no speed-up here, 0.90 times the dense model's at best.",
+        f"{form}, decoding: 2.50 times at batch 1.",
+    ]

@@ -24,6 +24,8 @@ import sparsekit as sk
 from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
 from sparsekit.errors import CheckpointError, ModelError, RecipeError
+from sparsekit.evaluation import decoding
+from sparsekit.evaluation.decoding import packed_in_place, tokens_per_second
 from sparsekit.formats import FORMATS
 from sparsekit.inference import packed as packing
 from sparsekit.inference.decoder import Decoder
@@ -31,6 +33,8 @@ from sparsekit.inference.generate import Stats, context_of, stream
 from sparsekit.inference.linear import PackedLinear, fused
 from sparsekit.inference.load import bytes_of, forms_of, products
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 
@@ -318,6 +322,27 @@ def test_damage_is_named(exports, tmp_path):
         sk.load(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="device 'gpu' is not one of"):
         sk.load(exports / "gptq", device="gpu")
+
+
+def test_a_run_holds_its_model_packed_for_a_while(exports, monkeypatch):
+    """As the deploy card does."""
+    monkeypatch.setattr(decoding, "STEPS", 2)
+    view = ModelView.open(exports / "gptq", dtype="float32", device="cpu")
+    chain = Chain(view)
+    with chain.forward() as forward:
+        expected, whole = forward(TOKENS), bytes_of(view.module)
+        with packed_in_place(chain) as form:
+            assert form == "2:4 + int4, sparsekit without its kernel"
+            same(forward(TOKENS), expected)
+            assert not any(isinstance(module, nn.Linear) for module in view.module.model.modules())
+            assert bytes_of(view.module) == bytes_of(sk.load(exports / "gptq", device="cpu")) < whole
+            speed, eager = tokens_per_second(chain, 2, 8)
+            assert speed > 0 and eager == "CUDA graphs need CUDA"
+    with chain.forward() as forward:
+        assert torch.equal(forward(TOKENS), expected)
+    dense = Chain(ModelView.open(exports / "dense", device="cpu"))
+    with dense.forward(), packed_in_place(dense) as form:
+        assert form is None
 
 
 # generation

@@ -2,7 +2,8 @@
 
 Bytes are those of the files, memory and speed are measured on this device with the model's own forward,
 no serving engine: prompts of some tokens at batch 1, 16 and 256, and nothing else. On CUDA the 2:4 linears
-are tried as torch's semi-structured tensors too. Where nothing got faster, the card says so.
+are tried as torch's semi-structured tensors too, and integers from their packed form, where one token after
+another is measured as well. Where nothing got faster, the card says so.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
+from sparsekit.evaluation.decoding import STEPS, figure, packed_in_place, tokens_per_second
+from sparsekit.inference.load import bytes_of
 from sparsekit.models.chain import Chain
 from sparsekit.pattern import Pattern
 from sparsekit.reporting.numerals import megabytes
@@ -25,9 +28,15 @@ BATCHES = {"cuda": (1, 16, 256), "cpu": (1, 16)}  # 256 prompts take a CPU minut
 LENGTH = {"cuda": 128, "cpu": 32}  # tokens of a prompt
 SECONDS = 1.0  # for one figure
 RUNS = 20  # at most, for one figure
+DENSE, PROMPTS, DECODING = "dense", "prompts", "decoding"
+NOTHING = {
+    "torch semi-structured": "No linear could be a semi-structured tensor: none holds 2:4 in a fitting shape or type.",
+    "packed": "No linear holds integers that sparsekit's kernel takes, so it was not tried.",
+}
 FASTER = 1.03  # a ratio below this is no speed-up worth the word
 
 Record = Mapping[str, Any]
+_Held = Callable[[Chain], AbstractContextManager[str | None]]  # yields another name for the form, or "" or None
 
 
 def deploy_card(
@@ -44,73 +53,95 @@ def deploy_card(
         `bytes`, `memory`, `speed` (one row for each form and batch) and `notes`, plain sentences.
     """
     view, kind = final.view, final.view.device.type
-    forms: list[tuple[str, Chain, bool]] = [("dense", dense, False), ("zeros in place", final, False)]
     notes = [f"Speed: whole forwards of {LENGTH[kind]} tokens a prompt on {_device(view.device)}, no serving engine."]
+    forms: list[tuple[str, Chain, _Held]] = [(DENSE, dense, _as_it_is), ("zeros in place", final, _as_it_is)]
     if kind == "cuda":
-        forms.append(("torch semi-structured", final, True))
+        notes.append(f"Decoding: {STEPS} tokens behind such a prompt, one after another.")
+        forms += [("torch semi-structured", final, _semi_structured), ("packed", final, packed_in_place)]
     else:
         notes.append("torch's semi-structured tensors need CUDA, so they were not tried.")
-    speeds: dict[str, dict[int, float]] = {}
-    memory: dict[str, int] = {}
-    done, total = 0, len(forms) * len(BATCHES[kind])
-    for name, chain, packed in forms:
-        with chain.forward() as forward, _packed(view.module, packed) as count:
-            if packed and not count:
-                notes.append("No linear could be a semi-structured tensor: none holds 2:4 in a fitting shape or type.")
-                break
+        notes.append("sparsekit's kernel for packed integers needs CUDA, so it was not tried.")
+    found = _Figures(len(forms) * len(BATCHES[kind]), progress)
+    for name, chain, held in forms:
+        with chain.forward() as forward:
             if any(parameter.is_meta for parameter in view.module.parameters()):
                 notes.append("The model does not fit the device, so its blocks were streamed; no speed is given.")
                 break
-            memory[name] = _resident(view.module)
-            if packed:
-                notes.append(f"{count} linears were turned into semi-structured tensors.")
-            speeds[name] = {}
-            for batch in BATCHES[kind]:
-                speeds[name][batch] = _tokens_per_second(forward, batch, view)
-                done += 1
-                progress(done, total)
-    rows = [
-        {
-            "form": name,
-            "batch": batch,
-            "dense": speeds["dense"][batch],
-            "tokens_per_second": speed,
-            "ratio": speed / speeds["dense"][batch],
-        }
-        for name, by_batch in speeds.items()
-        if name != "dense"
-        for batch, speed in by_batch.items()
-    ]
+            with held(chain) as told:
+                if told is None:
+                    notes.append(NOTHING[name])
+                    continue
+                form = told or name
+                found.memory[form] = bytes_of(view.module) if name == "packed" else _resident(view.module)
+                found.measure(form, chain, forward, decoding=kind == "cuda" and name in (DENSE, "packed"))
+    notes += found.notes
     files = {export["format"]: export["bytes"]["files"] for export in exports}
-    return {"bytes": files, "memory": memory, "speed": rows, "notes": [*notes, *verdicts(rows, memory, exports)]}
+    told_notes = [*notes, *verdicts(found.rows, found.memory, exports)]
+    return {"bytes": files, "memory": found.memory, "speed": found.rows, "notes": told_notes}
+
+
+class _Figures:
+    """What is measured, form by form; the dense one comes first and is what the others are held against."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
+        self.memory: dict[str, int] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self._dense: dict[tuple[str, int], float] = {}
+        self._done, self._total, self._progress = 0, total, progress
+
+    def measure(self, form: str, chain: Chain, forward: Callable[[Tensor], Tensor], *, decoding: bool) -> None:
+        """Measure one form at every batch."""
+        kind = chain.view.device.type
+        for batch in BATCHES[kind]:
+            self._add(form, PROMPTS, batch, _tokens_per_second(forward, batch, chain.view))
+            if decoding:
+                speed, eager = tokens_per_second(chain, batch, LENGTH[kind])
+                self._add(form, DECODING, batch, speed)
+                if eager and batch == 1:
+                    self.notes.append(f"{form}: decoded operation by operation, {eager}.")
+            self._done += 1
+            self._progress(self._done, self._total)
+
+    def _add(self, form: str, work: str, batch: int, speed: float) -> None:
+        if form == DENSE:
+            self._dense[work, batch] = speed
+        else:
+            self.rows.append(figure(form, batch, self._dense[work, batch], speed, work))
 
 
 def verdicts(rows: Sequence[Record], memory: Mapping[str, int], exports: Sequence[Record]) -> Iterator[str]:
     """What was gained and what was not, in plain sentences."""
-    for name in dict.fromkeys(row["form"] for row in rows):
-        own = [row for row in rows if row["form"] == name]
+    for name, work in dict.fromkeys((row["form"], row.get("work", PROMPTS)) for row in rows):
+        own = [row for row in rows if (row["form"], row.get("work", PROMPTS)) == (name, work)]
+        label = name if work == PROMPTS else f"{name}, {work}"
         faster = [row for row in own if row["ratio"] >= FASTER]
         if not faster:
             best = max(row["ratio"] for row in own)
-            yield f"{name}: no speed-up here, {best:.2f} times the dense model's at best."
+            yield f"{label}: no speed-up here, {best:.2f} times the dense model's at best."
         else:
             told = ", ".join(f"{row['ratio']:.2f} times at batch {row['batch']}" for row in faster)
             slow = [str(row["batch"]) for row in own if row not in faster]
             rest = f"; no speed-up here at batch {', '.join(slow)}" if slow else ""
-            yield f"{name}: {told}{rest}."
-        if name in memory and memory[name] >= memory["dense"]:
+            yield f"{label}: {told}{rest}."
+        if work == PROMPTS and name in memory and memory[name] >= memory["dense"]:
             yield f"{name}: no less memory than the dense model, {megabytes(memory[name])} of weights."
     packed = [export["format"] for export in exports if export["bits_per_weight"] is not None]
-    if packed:
+    if packed and not any("sparsekit" in name for name in memory):
         listed = ", ".join(packed)
         yield f"The integers of the {listed} export were not run; that takes an engine with kernels for them."
 
 
 @contextmanager
-def _packed(module: nn.Module, wanted: bool) -> Iterator[int]:
-    """Hold the 2:4 linears as semi-structured tensors; yields how many there are."""
+def _as_it_is(chain: Chain) -> Iterator[str]:
+    yield ""
+
+
+@contextmanager
+def _semi_structured(chain: Chain) -> Iterator[str | None]:
+    """Hold the 2:4 linears as semi-structured tensors; None if there is none."""
     kept: list[tuple[nn.Linear, Tensor]] = []
-    for linear in module.modules() if wanted else ():
+    for linear in chain.view.module.modules():
         if isinstance(linear, nn.Linear) and _fits(linear.weight):
             try:
                 with warnings.catch_warnings():
@@ -121,7 +152,7 @@ def _packed(module: nn.Module, wanted: bool) -> Iterator[int]:
             kept.append((linear, linear.weight))
             linear.weight = nn.Parameter(sparse, requires_grad=False)
     try:
-        yield len(kept)
+        yield "" if kept else None
     finally:
         for linear, original in kept:
             linear.weight = nn.Parameter(original, requires_grad=False)

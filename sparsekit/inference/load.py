@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,23 +174,29 @@ def _fill(view: ModelView, index: int, groups: Groups, loaded: Loaded) -> None:
                 view.place(f"{name}.weight")
             else:
                 linears[name].weight = nn.Parameter(weight.to(view.compute_dtype), requires_grad=False)
-        for names in _of_one_kind(packed):
-            weights = [(packed.pop(name), _bias(linears[name])) for name in names]
-            for name, module in zip(names, fused(weights, view.compute_dtype), strict=True):
-                parent, _, own = name.rpartition(".")
-                setattr(view.module.get_submodule(parent), own, module)
+        install(view.module, packed, view.compute_dtype)
 
 
-def _bias(linear: nn.Linear) -> Tensor | None:
-    return None if linear.bias is None else linear.bias.detach()
+def install(module: nn.Module, packed: dict[str, PackedWeight], dtype: torch.dtype) -> None:
+    """Let packed weights stand where linears stood that read one tensor; those of one kind become one product.
 
-
-def _of_one_kind(packed: Mapping[str, PackedWeight]) -> list[list[str]]:
-    """Names of weights that can be one, in call order."""
+    Args:
+        module: The model.
+        packed: Weights by linear in the order of calls; emptied, so that nothing is held twice.
+        dtype: Of the activations.
+    """
     kinds: dict[Any, list[str]] = {}
     for name, weight in packed.items():
         kinds.setdefault(weight.kind, []).append(name)
-    return list(kinds.values())
+    for names in kinds.values():
+        weights = [(packed.pop(name), _bias(module.get_submodule(name))) for name in names]
+        for name, linear in zip(names, fused(weights, dtype), strict=True):
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, linear)
+
+
+def _bias(linear: nn.Module) -> Tensor | None:
+    return linear.bias.detach() if isinstance(linear, nn.Linear) and linear.bias is not None else None
 
 
 def _weight(view: ModelView, name: str, loaded: Loaded) -> PackedWeight | Tensor | None:

@@ -259,6 +259,7 @@ def deploy_table(cards: Mapping[str, Record]) -> Table | None:
         [
             Cell(name),
             Cell(row["form"]),
+            Cell(row.get("work", "prompts")),
             Cell(str(row["batch"])),
             Cell(f"{row['dense']:,.0f}"),
             Cell(f"{row['tokens_per_second']:,.0f}"),
@@ -270,7 +271,11 @@ def deploy_table(cards: Mapping[str, Record]) -> Table | None:
         for row in card["speed"]
     ]
     titles = ("batch", "dense, tokens/s", "tokens/s", "ratio", "dense weights in memory", "weights in memory")
-    return Table("Speed on this device", [Column("run"), Column("form"), *numbers(*titles)], rows) if rows else None
+    return (
+        Table("Speed on this device", [Column("run"), Column("form"), Column("work"), *numbers(*titles)], rows)
+        if rows
+        else None
+    )
 
 
 def pair_table(caption: str, pairs: Mapping[str, Any]) -> Table:

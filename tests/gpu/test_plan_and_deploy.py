@@ -89,3 +89,19 @@ def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wid
     with Chain(run.view).then(store).forward() as forward:
         logits = forward(torch.arange(64, device="cuda").unsqueeze(0))
     assert bool(logits.isfinite().all())
+
+
+def test_the_card_has_the_packed_form_and_its_decoding(tmp_path, wide):
+    steps = '{method: magnitude, pattern: "2:4"}, {method: rtn, bits: 4, group_size: 128}'
+    run = Run.open(recipe(tmp_path, wide, steps), Quiet())
+    chain = Chain(run.view)
+    for index, planned in enumerate(run.plan.steps):
+        store = StepStore(tmp_path / f"store{index}", run.view.dtype)
+        run._apply(planned, chain, store)
+        chain = chain.then(store)
+    card = deploy_card(Chain(run.view), chain, [], lambda done, total: None)
+    (form,) = {row["form"] for row in card["speed"] if row["form"].startswith("2:4 + int4, sparsekit")}
+    found = {(row["work"], row["batch"]) for row in card["speed"] if row["form"] == form}
+    assert found == {(work, batch) for work in ("prompts", "decoding") for batch in (1, 16, 256)}
+    assert card["memory"][form] < 0.6 * card["memory"]["dense"]
+    assert not any("operation by operation" in note for note in card["notes"]), card["notes"]
