@@ -25,6 +25,8 @@ _EXPORTS = {
     "model_method": "registry",
     "allocation_method": "registry",
     "Measured": "allocate",
+    "evaluator": "evaluation.measures",
+    "Forward": "evaluation.measures",
     "export_format": "formats",
     "Setting": "formats.base",
     "Method": "registry",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
     from sparsekit.errors import SparsekitError as SparsekitError
     from sparsekit.inference.load import load as load
+    from sparsekit.evaluation.measures import Forward as Forward, evaluator as evaluator
     from sparsekit.formats import export_format as export_format
     from sparsekit.formats.base import Setting as Setting
     from sparsekit.interchange.imports import load_quantized as load_quantized

@@ -159,16 +159,19 @@ def inspect(model: str, pattern: str | None, as_json: bool) -> None:
 @_plugin
 @named_errors
 def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
-    """List the methods and export formats, or show what is called NAME."""
+    """List the methods, export formats and evaluators, or show what is called NAME."""
     from rich.console import Console
 
+    from sparsekit.evaluation.measures import EVALUATORS
     from sparsekit.formats import FORMATS
     from sparsekit.registry import METHODS
+    from sparsekit.shelf import Shelf
     from sparsekit.terminal.console import method_page, methods_table, shelf_page, shelves_table
 
     for path in plugins:
         METHODS.load_path(path)
-    shelves, console = (FORMATS,), Console()
+    console = Console()
+    shelves: tuple[Shelf[Any], ...] = (FORMATS, EVALUATORS)
     if name is None:
         console.print(methods_table(METHODS), "", shelves_table(shelves), sep="\n", highlight=False)
         return

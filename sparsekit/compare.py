@@ -144,7 +144,14 @@ def compare_runs(directories: Sequence[Path], directory: Path, listener: ArmList
             raise RecipeError(message, where=str(path / "report.json"))
         name = report["name"] if report["name"] not in reports else str(path)
         reports[name] = report
-        arms.append(Based(name, report["basis"], yaml.safe_load(report["recipe"]), _line_in(path / "recipe.yaml")))
+        arms.append(
+            Based(
+                name,
+                {"measures": {}, **report["basis"]},
+                yaml.safe_load(report["recipe"]),
+                _line_in(path / "recipe.yaml"),
+            )
+        )
     refuse_different(arms)
     said = list(notes(arms, [report["environment"] for report in reports.values()]))
     comparison = comparison_of(_name_of(directories), reports, said)

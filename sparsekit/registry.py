@@ -303,14 +303,14 @@ def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, 
         scope=scope,
         stats=stats,
         function=function,
-        parameters=_parameters(name, function, signature),
+        parameters=parameters("method", name, function, signature),
         origin=origin,
         digest=hashlib.sha256(file.read_bytes()).hexdigest(),
     )
 
 
-def _parameters(name: str, function: Callable[..., Any], signature: inspect.Signature) -> type[BaseModel]:
-    """The recipe schema of a function: its keyword-only parameters."""
+def parameters(noun: str, name: str, function: Callable[..., Any], signature: inspect.Signature) -> type[BaseModel]:
+    """The recipe schema of a function: its keyword-only parameters. `noun` is for messages."""
     hints = typing.get_type_hints(function, include_extras=True)
     described = _described(inspect.getdoc(function) or "")
     fields: dict[str, Any] = {}
@@ -318,9 +318,9 @@ def _parameters(name: str, function: Callable[..., Any], signature: inspect.Sign
         if parameter.kind is parameter.POSITIONAL_ONLY:
             continue
         if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise PluginError(f"method {name!r}: parameter {parameter.name!r} must be keyword-only (put it after *)")
+            raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} must be keyword-only (put it after *)")
         if parameter.name not in hints:
-            raise PluginError(f"method {name!r}: parameter {parameter.name!r} has no type annotation")
+            raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} has no type annotation")
         default = ... if parameter.default is parameter.empty else parameter.default
         info: FieldInfo = Field(default=default, description=described.get(parameter.name))
         fields[parameter.name] = (hints[parameter.name], info)

@@ -70,6 +70,9 @@ class Listener(Protocol):
         """The run is complete."""
 
 
+Measuring = Callable[[Chain, Path, str, str], dict[str, Any]]
+
+
 @dataclass(slots=True)
 class Run:
     """One recipe on its way through one directory.
@@ -174,7 +177,8 @@ class Run:
         data = self.recipe.data
         wanted = {reads(planned.step): None for planned in self.plan.steps}
         named = {"calibration": data.calibration, "train": data.train}
-        entries = [named.get(name) for name in wanted] + [data.evaluation[n] for n in self.recipe.evaluate.perplexity]
+        scored = [*self.recipe.evaluate.perplexity, *(measure.text for measure in self.recipe.evaluate.measures)]
+        entries = [named.get(name) for name in wanted] + [data.evaluation[name] for name in dict.fromkeys(scored)]
         for entry in filter(None, entries):
             self.windows(entry)
 
@@ -319,7 +323,9 @@ class Run:
         """Export, verify what was written, and write the report."""
         self.listener.started("export")
         exports, files = self._export(chain)
-        tasks = self._tasks(chain)
+        wanted = self.recipe.evaluate
+        tasks = self._dense_and_final(chain, self.scoring.tasks, "tasks") if wanted.lm_eval.tasks else {}
+        measures = self._dense_and_final(chain, self.scoring.measures, "measures") if wanted.measures else {}
         coverage = self.plan.coverage
         report = {
             "name": self.recipe.name,
@@ -341,6 +347,7 @@ class Run:
             "final": final,
             "steps": self.summaries,
             "tasks": tasks,
+            "measures": measures,
             "exports": exports,
         }
         report["gates"] = self._gates(dense, final)
@@ -375,14 +382,15 @@ class Run:
     def _patterns(self) -> Mapping[str, Pattern]:
         return self.last.patterns if self.last else {}
 
-    def _tasks(self, chain: Chain) -> dict[str, Any]:
-        if not self.recipe.evaluate.lm_eval.tasks:
-            return {}
+    def _dense_and_final(self, chain: Chain, measure: Measuring, what: str) -> dict[str, Any]:
+        """What a measurement says of the dense and of the compressed model."""
         last, steps = self.last, self.shared / "steps"
-        arms = {"dense": (Chain(self.view), self.shared / "dense", self.plan.model_digest, "dense model: tasks")}
+        found = {
+            "dense": measure(Chain(self.view), self.shared / "dense", self.plan.model_digest, f"dense model: {what}")
+        }
         if last is not None:
-            arms["final"] = (chain, steps / last.directory, last.fingerprint, f"{last.title}: tasks")
-        return {name: self.scoring.tasks(*arm) for name, arm in arms.items()}
+            found["final"] = measure(chain, steps / last.directory, last.fingerprint, f"{last.title}: {what}")
+        return found
 
     def _check_gates(self, report: Mapping[str, Any]) -> None:
         missed = [row for row in report["gates"] if not row["passed"]]

@@ -16,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from sparsekit.cli import main
+from sparsekit.evaluation.measures import EVALUATORS
 from sparsekit.formats import FORMATS
 from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
@@ -109,6 +110,7 @@ def test_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(METHODS, "_methods", {m.name: m for m in METHODS if m.built_in})
     monkeypatch.setattr(FORMATS, "_things", {f.name: f for f in FORMATS.values() if f.origin.built_in})
+    monkeypatch.setattr(EVALUATORS, "_things", {})
     monkeypatch.setattr(METHODS, "_loaded", {name for name in METHODS._loaded if name.startswith("sparsekit.methods.")})
     for folder in ("recipes", "plugins"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

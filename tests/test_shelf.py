@@ -1,4 +1,4 @@
-"""Export formats of plugins: registered, listed, exported, read back, named in the manifest, refused by name."""
+"""Export formats and evaluators of plugins: registered, listed, used, in the manifest, refused by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from test_imports import run
 
 import sparsekit
 from sparsekit.cli import main
-from sparsekit.errors import CheckpointError, PluginError
+from sparsekit.errors import CheckpointError, MethodError, PluginError, RecipeError
+from sparsekit.evaluation.measures import EVALUATORS, Measure, evaluator
 from sparsekit.formats import FORMATS, export_format
 from sparsekit.formats.own import Own
+from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
 from sparsekit.shelf import Origin, Shelf
 
@@ -27,16 +29,21 @@ STEPS = '[{method: magnitude, pattern: "2:4"}, {method: rtn, bits: 3, group_size
 def _shelves(monkeypatch):
     """No trace of a test's formats after it."""
     monkeypatch.setattr(FORMATS, "_things", dict(FORMATS.items()))
+    monkeypatch.setattr(EVALUATORS, "_things", dict(EVALUATORS.items()))
     monkeypatch.setattr(METHODS, "_loaded", set(METHODS._loaded))
+
+
+def example(name: str, place: Path) -> Path:
+    """A plugin of the docs."""
+    code = re.search(rf"<!-- test: file {name} -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
+    path = place / name
+    path.write_text(code)
+    return path
 
 
 @pytest.fixture
 def plugin(tmp_path) -> Path:
-    """The example of the docs."""
-    code = re.search(r"<!-- test: file bytewise.py -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
-    path = tmp_path / "bytewise.py"
-    path.write_text(code)
-    return path
+    return example("bytewise.py", tmp_path)
 
 
 def told(*arguments: str) -> str:
@@ -125,3 +132,113 @@ def test_entry_points_are_loaded_when_somebody_looks(monkeypatch):
     shelf: Shelf = Shelf("thing")
     assert (len(shelf), list(shelf), "x" in shelf) == (0, [], False)
     assert len(asked) >= 3
+
+
+MEASURED = """\
+name: {name}
+output: {output}
+plugins: [{plugin}]
+model: {{path: {model}}}
+data:
+  evaluation: {{heldout: {{path: builtin:heldout, seq_len: 32, samples: 4}}}}
+steps: [{{method: {method}, pattern: "2:4"}}]
+evaluate:
+  measures: [{measures}]
+export: {{formats: [dense]}}
+"""
+MEASURES = "{evaluator: confidence, text: heldout}, {evaluator: confidence, text: heldout, top: 5}"
+
+
+def measured(tmp_path: Path, plugin: Path, model: Path, name="one", method="magnitude", measures=MEASURES) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    values = {"name": name, "output": tmp_path / name, "plugin": plugin, "model": model, "method": method}
+    path.write_text(MEASURED.format(**values, measures=measures))
+    return path
+
+
+def test_numbers_of_an_evaluator_stand_in_report_and_comparison(random_model, tmp_path):
+    plugin = example("confidence.py", tmp_path)
+    recipes = [measured(tmp_path, plugin, random_model, name) for name in ("one", "two")]
+    assert all(told("run", str(recipe)).startswith("0 ") for recipe in recipes)
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    titles = ["confidence on heldout", "confidence on heldout (top=5)"]
+    assert list(report["measures"]["dense"]) == list(report["measures"]["final"]) == titles
+    for arm in report["measures"].values():
+        first, five = (arm[title]["probability"] for title in titles)
+        assert 0 < first < five < 1
+    assert report["measures"]["dense"] != report["measures"]["final"]
+    assert any(f"measure confidence on heldout runs plugin confidence: {plugin}" in note for note in report["notes"])
+    for page in ("report.md", "report.html"):
+        assert "confidence on heldout (top=5)" in (tmp_path / "one" / page).read_text()
+    both = told("compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "both"))
+    assert both.startswith("0 "), both
+    assert "confidence on heldout: probability" in (tmp_path / "both" / "comparison.md").read_text()
+
+
+def test_what_has_not_changed_is_not_measured_again(random_model, tmp_path, monkeypatch):
+    plugin, asked, of = example("confidence.py", tmp_path), [], Measure.of
+
+    def counted(measure, forward, windows):
+        asked.append(measure.title)
+        return of(measure, forward, windows)
+
+    monkeypatch.setattr(Measure, "of", counted)
+
+    def run_with(measures: str) -> dict:
+        assert told("run", str(measured(tmp_path, plugin, random_model, measures=measures))).startswith("0 ")
+        return json.loads((tmp_path / "one" / "report.json").read_text())["measures"]["dense"]
+
+    first = run_with(MEASURES)
+    assert asked == ["confidence on heldout", "confidence on heldout (top=5)"] * 2  # dense and compressed
+    assert run_with(MEASURES) == first and len(asked) == 4
+    resolved = read_recipe(tmp_path / "one" / "recipe.yaml").evaluate.measures
+    assert [measure.params.top for measure in resolved] == [1, 5]
+    assert [measure.title for measure in resolved] == asked[:2]
+    after = run_with(MEASURES.replace("5", "6"))
+    assert asked[4:] == ["confidence on heldout (top=6)"] * 2
+    assert list(after) == ["confidence on heldout", "confidence on heldout (top=6)"]
+    assert after["confidence on heldout"] == first["confidence on heldout"]
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ("{evaluator: confidense, text: heldout}", r"no evaluator 'confidense'; there is confidence.*Did you mean"),
+        ("{evaluator: confidence}", "text is None, expected a name under data.evaluation"),
+        ("{evaluator: confidence, text: held}", "no text 'held' in data.evaluation; there is heldout"),
+        ("{evaluator: confidence, text: heldout, topp: 3}", "topp"),
+        ("{evaluator: confidence, text: heldout, top: x}", "top"),
+        ("{evaluator: confidence, text: heldout}, {evaluator: confidence, text: heldout}", "listed twice"),
+        ("confidence", "a measure is a mapping"),
+    ],
+)
+def test_wrong_measures_are_told_with_their_line(random_model, tmp_path, measures, message):
+    recipe = measured(tmp_path, example("confidence.py", tmp_path), random_model, measures=measures)
+    with pytest.raises(RecipeError, match=message) as error:
+        read_recipe(recipe)
+    assert "one.yaml:9" in str(error.value)
+
+
+def test_evaluators_that_do_not_keep_their_word_are_named():
+    def returning(value) -> Measure:
+        @evaluator("wrong")
+        def wrong(forward, windows, /):
+            return value
+
+        return Measure.parse({"evaluator": "wrong", "text": "heldout"})
+
+    for value, message in (
+        ({}, "returned {}, expected named numbers"),
+        (3.0, "returned 3.0, expected named numbers"),
+        ({"x": float("nan")}, "x is nan, expected a finite number"),
+        ({"x": True}, "x is True, expected a finite number"),
+        ({"x": "1"}, "x is '1', expected a finite number"),
+    ):
+        with pytest.raises(MethodError, match=message):
+            returning(value).of(None, None)
+    with pytest.raises(PluginError, match=r"must take \(forward, windows, /, ...\), it has 1"):
+        evaluator("wrong")(lambda forward, /: {})
+    with pytest.raises(PluginError, match="parameter 'text' has the name of a key"):
+        evaluator("wrong")(lambda forward, windows, /, *, text: {})
+    with pytest.raises(PluginError, match="lower case"):
+        evaluator("Wrong")

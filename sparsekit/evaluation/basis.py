@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekit.data import entry_digest
 from sparsekit.errors import RecipeError
-from sparsekit.evaluation.scoring import tasks_basis
+from sparsekit.evaluation.scoring import measures_basis, tasks_basis
 from sparsekit.models.view import ModelView
 from sparsekit.planning.plan import Plan, reads
 from sparsekit.recipe import Recipe
@@ -25,6 +25,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "train": ("data", "train"),
     "perplexity": ("evaluate", "perplexity"),
     "tasks": ("evaluate", "lm_eval"),
+    "measures": ("evaluate", "measures"),
 }
 WORDS: Mapping[str, str] = {
     "model": "the model's files",
@@ -36,6 +37,7 @@ WORDS: Mapping[str, str] = {
     "train": "the training text",
     "perplexity": "the evaluation texts",
     "tasks": "the zero-shot tasks",
+    "measures": "the measures",
 }
 OPTIONAL = ("calibration", "train")  # of no meaning to an arm that does not read them
 
@@ -57,6 +59,7 @@ def basis(recipe: Recipe, plan: Plan, view: ModelView) -> dict[str, Any]:
         **texts,
         "perplexity": {name: entry_digest(entry, recipe.resolve) for name, entry in scored.items()},
         "tasks": tasks_basis(recipe),
+        "measures": measures_basis(recipe),
     }
 
 
@@ -125,7 +128,7 @@ def _setting(settings: Mapping[str, Any], key: str) -> Any:
         return {name: settings["data"]["evaluation"][name] for name in wanted}
     value: Any = settings
     for part in PLACES[key]:
-        value = value[part]
+        value = value.get(part)  # recipes from before there were measures lack them
     return value
 
 

@@ -121,6 +121,27 @@ class Scoring:
         result = perplexity(scored, self.windows(entry), batch=batch, progress=self.watcher.progress).as_dict()
         return result if dense is None else {**result, "agreement": agreements.as_dict()}
 
+    def measures(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, dict[str, float]]:
+        """Numbers of the recipe's evaluators by title; `directory` keeps them in `measures.json`."""
+        wanted = self.recipe.evaluate.measures
+        if not wanted:
+            return {}
+        path, asked = directory / "measures.json", measures_basis(self.recipe)
+        known = unsealed(path) or {}
+        kept = known.get("numbers", {}) if known.get("of") == fingerprint else {}
+        before = known.get("asked", {})
+        numbers = {name: kept[name] for name, about in asked.items() if name in kept and before.get(name) == about}
+        missing = [measure for measure in wanted if measure.title not in numbers]
+        if missing:
+            self.watcher.started(title)
+            with chain.forward() as forward:
+                for done, measure in enumerate(missing):
+                    self.watcher.progress(done, len(missing))
+                    windows = self.windows(self.recipe.data.evaluation[measure.text])
+                    numbers[measure.title] = measure.of(forward, windows)
+            write_json(path, sealed({"of": fingerprint, "asked": asked, "numbers": numbers}))
+        return {name: numbers[name] for name in asked}
+
     def check_tasks(self) -> None:
         """Read the tasks and their data, as scoring will.
 
@@ -163,6 +184,19 @@ class Scoring:
             )
         write_json(path, sealed({"of": fingerprint, "asked": asked, "scores": scores}))
         return scores
+
+
+def measures_basis(recipe: Recipe) -> dict[str, Any]:
+    """What decides the numbers of evaluators besides the model, by title: code, parameters and text."""
+    texts = recipe.data.evaluation
+    return {
+        measure.title: {
+            **measure.as_dict(),
+            "sha256": measure.evaluator.origin.sha256,
+            "content": entry_digest(texts[measure.text], recipe.resolve),
+        }
+        for measure in recipe.evaluate.measures
+    }
 
 
 def tasks_basis(recipe: Recipe) -> dict[str, Any]:

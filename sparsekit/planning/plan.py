@@ -21,11 +21,12 @@ import torch
 from sparsekit import __version__
 from sparsekit.checkpoint import sha256_file
 from sparsekit.errors import CoverageError, RecipeError, nearest
+from sparsekit.evaluation.measures import code_of
 from sparsekit.formats import FORMATS
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe import Recipe, Step
-from sparsekit.shelf import foreign_code
+from sparsekit.shelf import Named, foreign_code
 
 FULL_DIGEST_BYTES = 8 * 2**30  # weight files beyond this are told apart by header, size and date
 
@@ -142,8 +143,9 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     coverage = _coverage(view, steps)
     if coverage.share < recipe.coverage:
         raise CoverageError(_uncovered(coverage, recipe.coverage))
-    formats = {f"export {name}": FORMATS[name] for name in recipe.export.formats}
-    return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps), *foreign_code(formats)])
+    formats: dict[str, Named] = {f"export {name}": FORMATS[name] for name in recipe.export.formats}
+    used = {**formats, **code_of(recipe.evaluate.measures)}
+    return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps), *foreign_code(used)])
 
 
 def _foreign_code(steps: Sequence[PlannedStep]) -> list[str]:

@@ -60,8 +60,7 @@ def _wrong_measurements(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     for index, name in enumerate(wanted.perplexity):
         keys = ("evaluate", "perplexity", index)
         if name not in names:
-            there = f"there is {', '.join(names)}" if names else "data.evaluation is empty"
-            yield keys, f"no text {name!r} in data.evaluation; {there}.{nearest(name, names)}"
+            yield keys, _no_text(name, names)
         elif name in wanted.perplexity[:index]:
             yield keys, f"text {name!r} is listed twice"
     for index, name in enumerate(wanted.agreement if isinstance(wanted.agreement, list) else []):
@@ -70,11 +69,28 @@ def _wrong_measurements(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
             yield ("evaluate", "agreement", index), f"text {name!r} is not among those of evaluate.perplexity.{hint}"
     if wanted.agreement is True and not wanted.perplexity:
         yield ("evaluate", "agreement"), "agreement is measured on the texts of evaluate.perplexity, and it names none"
+    yield from _wrong_measures(recipe)
     yield from _wrong_redo(recipe)
     if wanted.gates.max_ppl_increase is not None and not wanted.perplexity:
         yield ("evaluate", "gates"), "max_ppl_increase needs a text to measure; name one in evaluate.perplexity"
     if not wanted.lm_eval.tasks and (wanted.lm_eval.tasks_dir or wanted.lm_eval.limit):
         yield ("evaluate", "lm_eval"), "lm_eval names no tasks, so nothing would be measured; add tasks: [...]"
+
+
+def _wrong_measures(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    """A measure reads a text of data.evaluation, and is asked for once."""
+    names, titles = list(recipe.data.evaluation), [measure.title for measure in recipe.evaluate.measures]
+    for index, measure in enumerate(recipe.evaluate.measures):
+        keys = ("evaluate", "measures", index)
+        if measure.text not in names:
+            yield keys, _no_text(measure.text, names)
+        elif measure.title in titles[:index]:
+            yield keys, f"{measure.title} is listed twice"
+
+
+def _no_text(name: str, names: list[str]) -> str:
+    there = f"there is {', '.join(names)}" if names else "data.evaluation is empty"
+    return f"no text {name!r} in data.evaluation; {there}.{nearest(name, names)}"
 
 
 def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

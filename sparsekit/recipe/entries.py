@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from sparsekit.errors import nearest
+from sparsekit.evaluation.measures import Measure
 from sparsekit.formats import FORMATS
 from sparsekit.ladder import Rung
 from sparsekit.units import Count, Fraction
@@ -150,6 +151,10 @@ class Measurements(BaseModel):
     perplexity: list[str] = Field(default_factory=list, description="Names under data.evaluation.")
     agreement: bool | list[str] = Field(
         False, description="KL and top-1 agreement with the dense model: true for every text, or their names."
+    )
+    measures: list[Measure] = Field(
+        default_factory=list,
+        description="Evaluators of plugins: evaluator, text (a name under data.evaluation), parameters.",
     )
     gates: Gates = Field(default_factory=Gates)
     lm_eval: Tasks = Field(default_factory=Tasks)

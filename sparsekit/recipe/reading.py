@@ -13,6 +13,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from sparsekit.errors import PluginError, RecipeError, nearest
+from sparsekit.evaluation.measures import known_measure_keys
 from sparsekit.recipe.complaints import complain
 from sparsekit.recipe.contradictions import contradictions
 from sparsekit.recipe.schema import Recipe
@@ -144,6 +145,8 @@ def _allowed(keys: Keys, values: Any) -> list[str]:
     """Keys that the mapping at `keys` may have."""
     if keys[:1] == ("steps",):
         return known_keys(values["steps"][keys[1]], keys[2:])
+    if keys[:2] == ("evaluate", "measures"):
+        return known_measure_keys(values["evaluate"]["measures"][keys[2]])
     model: type[BaseModel] = Recipe
     for key in keys:
         if isinstance(key, str) and key in model.model_fields:

@@ -23,7 +23,9 @@ class Recipe(BaseModel):
     name: FileName
     seed: Seed = 0
     output: Text | None = Field(None, description="Directory of the run; default runs/NAME.")
-    plugins: list[Text] = Field(default_factory=list, description="Python files with methods and export formats.")
+    plugins: list[Text] = Field(
+        default_factory=list, description="Python files with methods, export formats and evaluators."
+    )
     allow_network: bool = Field(False, description="Let models and texts be downloaded.")
     coverage: Annotated[Fraction, Field(le=1)] = Field(
         0.95, description="Share of the parameters inside the blocks that must be within reach."

@@ -65,6 +65,7 @@ def _dense(report: Record) -> dict[str, Any]:
         "name": "dense",
         "perplexity": dict(report["dense"]),
         "tasks": dict(report["tasks"].get("dense", {})),
+        "measures": report.get("measures", {}).get("dense", {}),  # reports from before there were any lack them
         "bytes": report["model"]["parameters"] * width,
     }
 
@@ -86,6 +87,7 @@ def _arm(name: str, report: Record, dense: Record) -> dict[str, Any]:
         "steps": [_step(step) for step in steps],
         "perplexity": dict(report["final"]),
         "tasks": tasks,
+        "measures": report.get("measures", {}).get("final", {}),
         "task_tests": task_tests(dense["tasks"], tasks),
         "exports": exports,
         "format": None if smallest is None else smallest["format"],

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from sparsekit.checkpoint import write_json, write_text
 from sparsekit.reporting.charts import curve_points, error_map
-from sparsekit.reporting.comparison_tables import cost_table, quality_table, tasks_table
+from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table, tasks_table
 from sparsekit.reporting.findings import protocols
 from sparsekit.reporting.numerals import change, megabytes, perplexity
 from sparsekit.reporting.report import environment, finite, markdown_list, markdown_table, plain
@@ -69,6 +69,7 @@ def view(comparison: Record) -> dict[str, Any]:
         "pareto": [pareto_chart(comparison, text) for text in dense["perplexity"]],
         "cost": cost_table(comparison),
         "tasks": tasks_table(comparison),
+        "measures": measures_table(comparison),
         "tests": TESTS,
         "deploy": deploy_table(deployed),
         "deploy_notes": list(_verdicts(deployed)),
@@ -201,6 +202,7 @@ def _row(arm: Record) -> dict[str, Any]:
         row |= {f"{task}.{metric}": level, f"{task}.{metric}.stderr": spread}
         if test := arm["task_tests"].get(task, {}).get(metric):
             row[f"{task}.{metric}.p"] = test["p"]
+    row |= {f"{title}.{key}": value for title, found in arm["measures"].items() for key, value in found.items()}
     kept = ("bytes", "format", "bits_per_weight", "sparsity", "pattern", "groups", "violations", "seconds")
     return row | {key: arm[key] for key in (*kept, "peak_memory", "peak_memory_of") if key in arm}
 
@@ -208,7 +210,8 @@ def _row(arm: Record) -> dict[str, Any]:
 def markdown(comparison: Record) -> str:
     """The compact page: tables, no drawings."""
     seen = view(comparison)
-    tables = [*seen["quality"], seen["cost"], seen["tasks"], seen["deploy"], seen["basis"], seen["environment"]]
+    tables = [*seen["quality"], seen["cost"], seen["tasks"], seen["measures"], seen["deploy"]]
+    tables += [seen["basis"], seen["environment"]]
     remarks = [*seen["remarks"], *seen["protocols"], *([seen["tests"]] if seen["tasks"] else []), *seen["deploy_notes"]]
     parts = [f"# {plain(seen['name'])}", plain(seen["lead"])]
     parts += [markdown_table(table) for table in tables if table is not None]

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsekit.reporting.numerals import JOINED, MANIFOLD, change, duration, percent, significant
-from sparsekit.reporting.tables import Cell, Column, Table, Tone, agreement, metrics, numbers, score, size
+from sparsekit.reporting.tables import (
+    Cell,
+    Column,
+    Table,
+    Tone,
+    agreement,
+    measured_cell,
+    metrics,
+    numbers,
+    score,
+    size,
+)
 
 Record = Mapping[str, Any]
 NONE = Cell("–", "not measured", "quiet")
@@ -94,6 +105,19 @@ def tasks_table(comparison: Record) -> Table | None:
     rows = [[Cell("dense", tone="strong"), *_task_cells(chosen, dense, {})]]
     rows += [[Cell(arm["name"]), *_task_cells(chosen, arm["tasks"], arm["task_tests"])] for arm in comparison["arms"]]
     return Table("Zero-shot tasks", [Column("arm"), *numbers(*names)], rows)
+
+
+def measures_table(comparison: Record) -> Table | None:
+    """Every number of plugins' evaluators; None without any."""
+    models = [comparison["dense"], *comparison["arms"]]
+    named = [(title, key) for title, found in comparison["dense"]["measures"].items() for key in found]
+    if not named:
+        return None
+    rows = [
+        [Cell(model["name"]), *(measured_cell(model["measures"].get(title, {}).get(key)) for title, key in named)]
+        for model in models
+    ]
+    return Table("Measures", [Column("arm"), *numbers(*(f"{title}: {key}" for title, key in named))], rows)
 
 
 def main_metrics(scores: Record) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from sparsekit.reporting.tables import (
     engine_table,
     gate_table,
     layer_table,
+    measures_table,
     pair_table,
     perplexity_table,
     step_table,
@@ -108,6 +109,7 @@ def view(report: Record) -> dict[str, Any]:
         "steps": [_step(step) for step in report["steps"]],
         "gate_table": gate_table(gates) if gates else None,
         "task_table": task_table(report["tasks"]) if report["tasks"] else None,
+        "measures_table": measures_table(report["measures"]) if report.get("measures") else None,
         "environment_table": pair_table("Environment", _environment(report)),
         "recipe": report["recipe"],
     }
@@ -151,6 +153,7 @@ def markdown(report: Record) -> str:
         *(export["engines"] for export in seen["exports"]),
         seen["coverage_table"],
         seen["task_table"],
+        seen["measures_table"],
         seen["environment_table"],
     ]
     notes = [*seen["notes"], *chain.from_iterable(export["notes"] for export in seen["exports"])]

@@ -301,6 +301,22 @@ def task_table(tasks: Record) -> Table:
     return Table("Zero-shot tasks", [*_titles("task", "metric"), *numbers("dense", "final")], rows)
 
 
+def measures_table(measures: Record) -> Table:
+    """Numbers of plugins' evaluators, dense against final."""
+    dense, final = measures["dense"], measures.get("final", {})
+    rows = [
+        [Cell(title), Cell(key), *(measured_cell(arm.get(title, {}).get(key)) for arm in (dense, final))]
+        for title, found in dense.items()
+        for key in found
+    ]
+    return Table("Measures", [*_titles("measure", "number"), *numbers("dense", "final")], rows)
+
+
+def measured_cell(value: float | None) -> Cell:
+    """A number of an evaluator."""
+    return Cell("–", "not measured", "quiet") if value is None else Cell(significant(value, 4), str(value))
+
+
 def _measured(value: tuple[float, float | None] | None) -> Cell:
     if value is None:
         return Cell("–", "not measured", "quiet")
