@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ from sparsekit.cli import main
 from sparsekit.errors import DataError
 from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.models.chain import Chain
-from sparsekit.models.shapes import sizes_of
+from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.planning.estimate import Estimator, kinds_of
-from sparsekit.planning.memory_model import Moment, Part, peak, walk_moments
+from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
 from sparsekit.planning.microbench import Bench, _extrapolated
+from sparsekit.planning.training_memory import branch_parameters, training_moments
 from sparsekit.recipe import Recipe, read_recipe
 from sparsekit.run import Run
 from sparsekit.stats import Gram, InputNorm
@@ -82,8 +85,9 @@ def predicted(part: dict, held: tuple[str, ...] = PROCESS) -> int:
         '{method: wanda, pattern: "2:4"}',
         "{method: gptq, bits: 4, group_size: 64}",
         '{method: ast, pattern: "2:4", tokens: 1024, batch: 8, micro_batch: 4}',
+        '{method: ast, pattern: "2:4", tokens: 1024, batch: 8, micro_batch: 4, slorb: 16}',
     ],
-    ids=["wanda", "gptq", "ast"],
+    ids=["wanda", "gptq", "ast", "slorb"],
 )
 def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
     monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
@@ -105,6 +109,94 @@ def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model, monkeypatch):
     with Chain(run.view).forward() as forward, peak_of_torch() as found:
         perplexity(forward, windows, batch=32, progress=lambda done, total: None)
     assert predicted(told, (*PROCESS, "the whole model")) == pytest.approx(found.bytes, rel=0.2)
+
+
+def base_on_cuda() -> ModelSizes:
+    """The sizes of models/base of the benchmarks, in bfloat16 on CUDA."""
+    kinds = {"q": (512, 512), "k": (256, 512), "v": (256, 512), "o": (512, 512)}
+    kinds |= {"gate": (1408, 512), "up": (1408, 512), "down": (512, 1408)}
+    groups = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    blocks = [
+        BlockSizes({f"{i}.{k}": shape for k, shape in kinds.items()}, [[f"{i}.{k}" for k in g] for g in groups], 1024)
+        for i in range(7)
+    ]
+    return ModelSizes(blocks, outside=8192 * 512 + 512, width=512, vocabulary=8192, stored=2, computed=2, cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "measured"),  # bytes torch.cuda.max_memory_allocated told on an H100, 128 windows of 1024
+    [
+        ("wanda", InputNorm, 428045824),
+        ("gptq", Gram, 571978240),
+        ("sparsegpt", Gram, 571694592),
+        ("awq", Gram, 543514112),
+    ],
+)
+def test_what_an_h100_allocated_is_predicted(method, kind, measured):
+    told = walk_moments(
+        base_on_cuda(), method, kind, samples=128, seq_len=1024, on_device=True, in_order=False, grouped=method == "awq"
+    )
+    assert peak(told).bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_scoring_on_an_h100_is_predicted():
+    assert peak(scoring_moments(base_on_cuda(), 64, 1024, agreement=True)).bytes == pytest.approx(1377337344, rel=0.05)
+
+
+AST = {
+    "masters": "float32", "states": "float32", "checkpointing": False, "batch": 64,
+    "slorb": None, "slorb_projection": "trained",
+}  # fmt: skip
+
+
+def test_ranks_share_models_and_states():
+    sizes = base_on_cuda()
+    alone = peak(training_moments(sizes, AST, 1024, 8))
+    shared = peak(training_moments(sizes, AST, 1024, 8, ranks=4))
+    for name in ("student", "teacher", "dense weights", "moments", "mask and first mask", "gradients"):
+        (one,), (part,) = ([p.bytes for p in moment.parts if p.name == name] for moment in (alone, shared))
+        assert part == pytest.approx(one / 4, abs=1)
+    assert shared.bytes < alone.bytes
+    few = {**AST, "batch": 4}
+    titles = {moment.name: moment.bytes for moment in training_moments(sizes, few, 16, 1, ranks=4)}
+    assert titles["models whole before they are cut"] > 4 * sizes.numel
+
+
+def test_branches_are_counted():
+    sizes = base_on_cuda()
+    summed = branch_parameters(sizes, {**AST, "slorb": 16, "slorb_projection": "sum"})
+    assert summed == sum(out * into // 16 for block in sizes.blocks for out, into in block.linears.values())
+    trained = branch_parameters(sizes, {**AST, "slorb": 16})
+    assert trained - summed == sum(into * into // 16 for block in sizes.blocks for _, into in block.linears.values())
+    assert branch_parameters(sizes, AST) == 0
+
+
+class Clocked(Bench):
+    """A bench that believes to be on CUDA."""
+
+    def _wait(self) -> None:
+        pass
+
+
+def test_compilation_is_start_up_and_not_the_time_of_a_layer():
+    bench = Clocked(SimpleNamespace(device=torch.device("cuda")), None)
+    deadline, waits = bench.deadline, iter([0.2])
+    steady = bench.timed(lambda: time.sleep(next(waits, 0.002)))
+    assert steady < 0.05
+    assert 0.15 < bench.startup < 0.5
+    assert bench.deadline - deadline == pytest.approx(bench.startup)
+
+
+def test_a_repair_after_a_pruner_is_timed_on_a_pruned_layer(tmp_path, random_model):
+    read = recipe(
+        tmp_path, random_model, '{method: magnitude, pattern: "2:4"}, {method: gptq, bits: 4, group_size: 16}'
+    )
+    estimator = Estimator.open(read)
+    _, planned = estimator.plan.steps
+    name = next(iter(estimator.sizes.blocks[0].linears))
+    made = estimator.bench._made_up(planned, name, (8, 16))
+    assert made.mask is not None
+    assert planned.patterns[name].violations(made.weight) == 0
 
 
 def test_sizes_are_those_of_the_model(random_model):

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from sparsekit.blockwise.activations import DEVICE_SHARE, WAITING_SHARE, free_memory, waiting_bytes
-from sparsekit.formats import FORMATS
+from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.planning import memory_model as memory
-from sparsekit.planning.microbench import Bench
+from sparsekit.planning import training_memory as training
+from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_bytes
+from sparsekit.planning.microbench import Bench, Files
 from sparsekit.planning.peak import resident_now
 from sparsekit.planning.plan import Plan, PlannedStep, make_plan
 from sparsekit.recipe import Recipe, TextEntry
@@ -40,6 +42,7 @@ class Estimator:
         bench: Times what has to be timed.
         process: Bytes of the process before any of it.
         notes: What the prediction leaves out.
+        opening: Seconds it took to open the model.
     """
 
     recipe: Recipe
@@ -49,7 +52,8 @@ class Estimator:
     bench: Bench
     process: int
     notes: list[str] = field(default_factory=list)
-    _forward: dict[int, float] = field(default_factory=dict)
+    opening: float = 0.0
+    _forward: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, recipe: Recipe) -> Estimator:
@@ -60,7 +64,7 @@ class Estimator:
             CoverageError: Too much of the model is out of reach.
             DataError: A text is missing.
         """
-        process, model = resident_now(), recipe.model
+        process, model, started = resident_now(), recipe.model, time.perf_counter()
         view = ModelView.open(
             recipe.resolve(model.path),
             dtype=model.dtype,
@@ -70,6 +74,7 @@ class Estimator:
             allow_network=recipe.allow_network,
             empty=True,
         )
+        opening = time.perf_counter() - started
         data = recipe.data
         for entry in filter(None, (data.calibration, data.train, *data.evaluation.values())):
             for path in entry.paths:
@@ -77,18 +82,20 @@ class Estimator:
                     locate_text(path, recipe.resolve)
         plan = make_plan(recipe, view, {}, digest="not read")
         sizes = sizes_of(view)
-        return cls(recipe, view, plan, sizes, Bench(view, sizes), process)
+        return cls(recipe, view, plan, sizes, Bench(view, sizes), process, opening=opening)
 
     def all(self) -> dict[str, Any]:
         """Everything, for the terminal and for JSON."""
         self.bench.deadline = time.monotonic() + self.bench.budget
-        disk_rate = self.bench.disk_seconds(self.recipe.output_directory())
+        files = self.bench.file_seconds(self.recipe.output_directory())
         head = self.bench.head_seconds()
-        steps = [self._step(planned, head, disk_rate) for planned in self.plan.steps]
-        scoring = self._scoring(head)
-        exports = {name: self._export_bytes(name) for name in self.recipe.export.formats}
+        steps = [self._step(planned, head, files) for planned in self.plan.steps]
+        scoring = self._scoring(head, files)
+        exports = {name: export_bytes(self.sizes, self.plan, name) for name in self.recipe.export.formats}
         everything = [*steps, *([scoring] if scoring else [])]
-        seconds = sum(part["seconds"] for part in steps) + sum(exports.values()) * disk_rate
+        startup = self._startup()
+        seconds = startup + sum(part["seconds"] for part in steps)
+        seconds += sum(files.seconds(1, size) for size in exports.values())
         if scoring:
             seconds += scoring["seconds"] * (1 + len(steps))
         coverage = self.plan.coverage
@@ -103,6 +110,7 @@ class Estimator:
             "disk": sum(part["disk"] for part in steps) + sum(exports.values()),
             "peak_device": max(part["device"]["bytes"] for part in everything) if everything else 0,
             "peak_host": max(part["host"]["bytes"] for part in everything) if everything else self.process,
+            "startup": startup,
             "seconds": seconds,
             "notes": [*self.plan.notes, *self.notes, *self.bench.notes, *self._warnings(everything)],
         }
@@ -114,26 +122,39 @@ class Estimator:
                 done = [_deed(planned) for planned in self.plan.steps if name in planned.selected]
                 yield {"name": name, "shape": list(shape), "steps": done}
 
-    def forward_seconds(self, seq_len: int) -> float:
-        """Seconds for a token through one block."""
-        if seq_len not in self._forward:
-            self._forward[seq_len] = self.bench.forward_seconds(seq_len)
-        return self._forward[seq_len]
+    def _startup(self) -> float:
+        """Seconds a process pays once: the model is opened, with its dense twin if that is asked for, and
+        kernels are loaded and compiled.
+        """  # noqa: D205
+        opened = 2 if self.recipe.evaluate.agreeing and self.plan.steps else 1
+        if self.bench.startup > 0:
+            self.notes.append(
+                f"first calls took {self.bench.startup:.1f} s, to load and compile kernels: counted once, as start-up; "
+                "compiled Triton kernels stay in its cache, and the next process finds them there"
+            )
+        return self.bench.startup + opened * self.opening
 
-    def _step(self, planned: PlannedStep, head: float, disk_rate: float) -> dict[str, Any]:
+    def forward_seconds(self, windows: int, seq_len: int) -> float:
+        """Seconds for a token through one block, in forwards of so many windows."""
+        key = (windows, seq_len)
+        if key not in self._forward:
+            self._forward[key] = self.bench.forward_seconds(windows, seq_len)
+        return self._forward[key]
+
+    def _step(self, planned: PlannedStep, head: float, files: Files) -> dict[str, Any]:
         """One step."""
         method = planned.step.method
         model = method.scope == "model"
         device, host, seconds = self._train(planned, head) if model else self._walk(planned)
-        disk = sum(self._block_bytes(planned, index) for index in range(len(self.sizes.blocks)))
-        kept = self._checkpoint_bytes(planned) if model else 0
+        disk = sum(block_bytes(self.sizes, self.plan, planned, index) for index in range(len(self.sizes.blocks)))
+        kept = checkpoint_bytes(self.sizes, planned) if model else 0
         return {
             "title": planned.title,
             "method": method.name,
             "device": device.as_dict(),
             "host": host.as_dict(),
             "disk": disk + kept,
-            "seconds": seconds + 2 * disk * disk_rate,  # written, and read for its digest
+            "seconds": seconds + files.seconds(len(self.sizes.blocks), disk),
         }
 
     def _walk(self, planned: PlannedStep) -> tuple[memory.Moment, memory.Moment, float]:
@@ -148,8 +169,9 @@ class Estimator:
             widest = max(self.sizes.largest.inputs())
             waiting = samples * seq_len * waiting_bytes(self.sizes.width, widest, self.sizes.computed)
             waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
+        grouped = planned.step.method.scope == "group"
         moments = memory.walk_moments(
-            self.sizes, planned.step.method.name, kind,
+            self.sizes, planned.step.method.name, kind, grouped=grouped,
             samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
         )  # fmt: skip
         host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden)
@@ -159,7 +181,10 @@ class Estimator:
         if kind is not None and tokens:
             rounds = len(block.groups) * (not waiting) if in_order else 1  # who waits is run once
             updates = sum(self.bench.statistic_seconds(kind, inputs) for inputs in block.inputs())
-            passes = tokens * (self.forward_seconds(seq_len) * (1 + rounds) + updates)
+            windows = self.sizes.micro_batch(samples, seq_len) // seq_len
+            forward = self.forward_seconds(windows, seq_len)
+            looks = windows * seq_len * forward  # one forward shows which linears share an input
+            passes = tokens * (forward * (1 + rounds) + updates) + looks
         return *self._split(memory.peak(moments), host), self._blocks() * (solving + passes)
 
     def _train(self, planned: PlannedStep, head: float) -> tuple[memory.Moment, memory.Moment, float]:
@@ -170,11 +195,13 @@ class Estimator:
             self.notes.append(f"{planned.title}: sparsekit knows no memory or time of this method")
             nothing = memory.Moment("unknown", [])
             return *self._split(nothing, nothing), 0.0
-        micro = given["micro_batch"] or memory.train_micro_batch(self.sizes, given["batch"], seq_len)
-        moments = memory.training_moments(self.sizes, given, seq_len, micro)
-        host = memory.host_of_training(self.sizes, self.process)
-        both = self.bench.forward_seconds(seq_len, backward=True)
-        again = self.forward_seconds(seq_len) * (2 if given["checkpointing"] else 1)  # the teacher, and recomputation
+        ranks = planned.step.gpus
+        micro = given["micro_batch"] or training.train_micro_batch(self.sizes, given["batch"] // ranks, seq_len)
+        moments = training.training_moments(self.sizes, given, seq_len, micro, ranks=ranks)
+        host = training.host_of_training(self.sizes, self.process)
+        both = self.bench.forward_seconds(micro, seq_len, backward=True)
+        # the teacher, and recomputation
+        again = self.forward_seconds(micro, seq_len) * (2 if given["checkpointing"] else 1)
         if given["tokens"] is None:
             return *self._split(memory.peak(moments), host), 60.0 * given["budget"].minutes
         steps = given["tokens"] / (given["batch"] * seq_len)
@@ -182,8 +209,13 @@ class Estimator:
         losses = self.sizes.vocabulary * LOSS_TRAFFIC[self.view.device.type] / rate
         a_token = self._blocks() * (both + again) + FORWARDS_OF_HEAD * head + losses
         seconds = given["tokens"] * a_token + steps * self.sizes.numel * STEP_TRAFFIC[self.view.device.type] / rate
+        if ranks > 1:
+            told = f"memory is that of each of {ranks} processes; what they send one another is not in the time"
+            self.notes.append(f"{planned.title}: {told}")
         if self.sizes.cuda:
-            self.notes.append(f"{planned.title}: timed without torch.compile, which takes a minute and then saves time")
+            seconds /= ranks
+            told = "predicted without torch.compile, which takes a minute and then saves time and memory"
+            self.notes.append(f"{planned.title}: {told}")
         return *self._split(memory.peak(moments), host), seconds
 
     def _blocks(self) -> float:
@@ -198,7 +230,7 @@ class Estimator:
         both = memory.Moment(device.name, [process, *device.parts])
         return both, both
 
-    def _scoring(self, head: float) -> dict[str, Any] | None:
+    def _scoring(self, head: float, files: Files) -> dict[str, Any] | None:
         """One model on all texts."""
         wanted = self.recipe.evaluate
         if not wanted.perplexity:
@@ -212,11 +244,14 @@ class Estimator:
             )
         ]
         device, host = self._split(memory.peak(moments), memory.host_of_walk(self.sizes, self.process, hidden=0))
-        seconds = 0.0
+        inside = (self.sizes.numel - self.sizes.outside) * self.sizes.stored
+        seconds = files.constant + inside * files.read  # the blocks are read, the scores are written
         for name, entry in entries.items():
             models = 2 if name in wanted.agreeing else 1
-            a_token = self._blocks() * self.forward_seconds(entry.seq_len) + head
-            seconds += self._windows(entry) * entry.seq_len * a_token * models
+            batch = max(1, min(self._windows(entry), EVALUATION_TOKENS[self.view.device.type] // entry.seq_len))
+            a_token = self._blocks() * self.forward_seconds(batch, entry.seq_len) + head
+            compared = self.bench.comparing_seconds(entry.seq_len, dense=models == 2)
+            seconds += self._windows(entry) * entry.seq_len * (a_token * models + compared)
         if wanted.lm_eval.tasks:
             self.notes.append("the zero-shot tasks are not in the predicted time")
         return {"title": "scoring", "device": device.as_dict(), "host": host.as_dict(), "disk": 0, "seconds": seconds}
@@ -231,34 +266,6 @@ class Estimator:
         files = [locate_text(path, self.recipe.resolve) for path in entry.paths]
         size = sum(file.stat().st_size * (UNPACKED if file.suffix == ".xz" else 1) for file in files)
         return max(1, int(size / BYTES_A_TOKEN / entry.seq_len))
-
-    def _block_bytes(self, planned: PlannedStep, index: int) -> int:
-        """File of one block after a step: codes of a byte, or values as stored, and masks of a bit."""
-        total = self.sizes.blocks[index].other * self.sizes.stored
-        for name, (out, into) in self.sizes.blocks[index].linears.items():
-            upto = [p for p in self.plan.steps[: planned.index + 1] if name in p.selected]
-            quantized = any(p.step.quantizes for p in upto)
-            masked = any(p.step.method.kind != "quantize" for p in upto)
-            total += out * into * (1 if quantized else self.sizes.stored) + (out * into // 8 if masked else 0)
-        return total
-
-    def _checkpoint_bytes(self, planned: PlannedStep) -> int:
-        """The last checkpoint of a training run, and the one being written."""
-        return 2 * self.sizes.numel * (14 if planned.arguments.get("states") == "float32" else 8)
-
-    def _export_bytes(self, name: str) -> int:
-        """Weight files of an export."""
-        quantized = {layer for p in self.plan.steps if p.step.quantizes for layer in p.selected}
-        bits = next((p.arguments["bits"] for p in self.plan.steps if p.arguments.get("bits")), 16)
-        if FORMATS[name].storage is None:
-            return self.sizes.numel * self.sizes.stored
-        packed = sum(
-            out * into
-            for block in self.sizes.blocks
-            for layer, (out, into) in block.linears.items()
-            if layer in quantized
-        )
-        return (self.sizes.numel - packed) * self.sizes.stored + packed * bits // 8
 
     def _free(self) -> int:
         return int(torch.cuda.mem_get_info(self.view.device)[0]) if self.sizes.cuda else 0

@@ -7,33 +7,32 @@ block, N weights of the largest linear of a moment, n its inputs, d width of the
 of a forward, V vocabulary, c bytes of a computed value.
 
 The numbers are bytes that the tensors of this code hold, counted in its source, plus the workspace cuBLAS
-takes from the same allocator. On a CPU the process itself comes on top (`peak.resident_now`).
+takes from the same allocator. On a CPU the process itself comes on top (`peak.resident_now`). Training is
+in `training_memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
+from sparsekit.kernels.oneshot import WIDE
 from sparsekit.models.shapes import BlockSizes, ModelSizes
-from sparsekit.stats import Gram, InputNorm
-from sparsekit.training.distill import chunk_rows
-from sparsekit.training.schedule import MICRO_BATCH_TOKENS
+from sparsekit.stats import CORE_TOKENS, PRODUCT_BYTES, Gram, InputNorm
 
-WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at the first product
+WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
 # Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
 # float64, the float32 result. CUDA takes the root: the matrix, its rows and its columns in sweep order.
 FACTOR = {"cpu": 40, "cuda": 28}
 FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
+SENT = 4  # bytes a weight of a block's linears on the device while methods of scope linear work
+RESULT = 5  # bytes a weight of what a block has become: values, and a mask or codes; kept until the next is done
 VERIFY = 20  # bytes a weight: before, after, change, change times Gram, their product
-SAVED_WIDTHS, SAVED_OUTPUTS = 10, 1  # see `saved_for_backward`
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +73,29 @@ def always(model: ModelSizes) -> list[Part]:
     return [*parts, Part("cuBLAS workspace", "32 MiB", WORKSPACE)] if model.cuda else parts
 
 
-def forward_temporaries(model: ModelSizes, block: BlockSizes, tokens: int) -> Part:
-    """What running one block holds at once: its input, the residual, and the widest group's in- and outputs."""
-    c, widest = model.computed, 0
+def forward_temporaries(model: ModelSizes, block: BlockSizes, tokens: int, *, buffered: bool = False) -> Part:
+    """What running one block holds at once: its input, the residual, and the widest group's in- and outputs.
+
+    Args:
+        model: Sizes.
+        block: Of them.
+        tokens: T.
+        buffered: The block's input is a part of the buffer of all windows, which is counted already.
+    """
+    c = model.computed
+    norm = 3 * 4 * model.width if c < 4 else 0  # a norm in float32: its input, its square, its result
+    held = (1 if buffered else 2) * model.width * c + max(widest_of(block)[1] * c, norm)
+    return Part("forward of a block", "T · (2d + in, outs and result of the widest group) · c", tokens * held)
+
+
+def widest_of(block: BlockSizes) -> tuple[int, int]:
+    """Which group of a block, in call order, holds most at once, and how many values for a token that is."""
+    widths = []
     for group in block.groups:
         into, outs = block.linears[group[0]][1], [block.linears[name][0] for name in group]
-        widest = max(widest, into + sum(outs) + max(outs))
-    norm = 3 * 4 * model.width if c < 4 else 0  # a norm in float32: its input, its square, its result
-    held = 2 * model.width * c + max(widest * c, norm)
-    return Part("forward of a block", "T · (2d + in, outs and result of the widest group) · c", tokens * held)
+        widths.append(into + sum(outs) + max(outs))
+    index = max(range(len(widths)), key=widths.__getitem__)
+    return index, widths[index]
 
 
 def statistic_bytes(kind: type[Any] | None, inputs: int) -> int:
@@ -93,10 +106,24 @@ def statistic_bytes(kind: type[Any] | None, inputs: int) -> int:
 
 
 def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, tokens: int) -> int:
-    """What adding tokens to a statistic holds: x and |x| or x² in float32; on CUDA a Gram's product."""
-    if kind is Gram and model.cuda:
-        return 4 * inputs * inputs if model.computed < 4 else 0
-    return (4 if model.computed >= 4 else 8) * tokens * inputs if kind is not None else 0
+    """What adding tokens to a statistic holds.
+
+    CPU: x and |x| or x² in float32. CUDA: norms read x as it is; a Gram matrix of inputs that a kernel does
+    not take is a stack of products of 128 tokens in float32, and their sum (`Gram._add_narrow`). What a
+    plugin's statistic does is not known: x and x² in float64.
+    """
+    if kind is None:
+        return 0
+    if not model.cuda:
+        return (4 if model.computed >= 4 else 8) * tokens * inputs
+    if kind is InputNorm:
+        return 0
+    if kind is not Gram:
+        return 16 * tokens * inputs
+    if model.computed >= 4 or (inputs >= WIDE and inputs % 8 == 0):
+        return 0
+    own = 4 * inputs * inputs
+    return own * (min(max(1, PRODUCT_BYTES // own), max(1, tokens // CORE_TOKENS)) + 1)
 
 
 def walk_moments(
@@ -109,6 +136,7 @@ def walk_moments(
     on_device: bool,
     in_order: bool,
     waiting: int = 0,
+    grouped: bool = False,
 ) -> list[Moment]:
     """Moments of a step over blocks, on the device.
 
@@ -121,33 +149,50 @@ def walk_moments(
         on_device: Whether the calibration's hidden states stay on the device.
         in_order: Groups are collected and solved one by one.
         waiting: Bytes of what the micro-batches hold meanwhile, when they wait for each group.
+        grouped: The method is of scope group, whose results go back to the host at once.
     """
-    c, held, moments = model.computed, always(model), list[Moment]()
-    tokens = model.micro_batch(samples, seq_len)
-    if kind is not None and on_device:
-        buffer = samples * seq_len * model.width * c
-        held.append(Part("hidden states of all windows", "windows · length · d · c", buffer))
-    if waiting:
-        held.append(Part("micro-batches that wait for a group", "windows · length · (6d + n) · c", waiting))
+    c, tokens, moments = model.computed, model.micro_batch(samples, seq_len), list[Moment]()
+    held = [*always(model), *_calibration(model, kind, samples, seq_len, tokens, on_device, waiting)]
     for block in _kinds(model.blocks):
         inputs = block.inputs()
         weights = Part("one block", "B · c", block.numel * c)
         counted = [max(inputs)] if in_order else inputs
         statistics = Part("statistics", "Σ 4n² a group (Gram)", sum(statistic_bytes(kind, n) for n in counted))
+        linear = sum(out * columns for out, columns in block.linears.values())
+        own = model.cuda and not grouped  # on a CPU they are the host's, which has them anyway
+        states = [Part("values of its linears", "4B", SENT * linear)] if own and kind is not None else []
+        states += [Part("what the block before has become", "5B", RESULT * linear)] if own else []
         if kind is not None:
-            forward = forward_temporaries(model, block, tokens)
-            moments.append(Moment("running a block", [*held, weights, statistics, forward]))
-            widest = max(inputs)
-            adding = (3 * model.width + widest) * c * tokens + update_temporaries(model, kind, widest, tokens)
-            update = Part("adding to a statistic", "T · (3d + n) · c, and |x| in float32", adding)
-            moments.append(Moment("collecting", [*held, weights, statistics, update]))
-        resident = [weights] if in_order or method == "awq" else []
-        if model.cuda and kind is not None:
-            linear = sum(out * columns for out, columns in block.linears.values())
-            resident.append(Part("values of its linears before and after, masks", "9B", 9 * linear))
+            running = [*held, *states, weights, statistics]
+            forward = forward_temporaries(model, block, tokens, buffered=on_device)
+            before = sum(block.linears[group[0]][1] for group in block.groups[: widest_of(block)[0]])
+            kept = Part("inputs of the groups before, to tell groups", "T · ins · c", tokens * before * c)
+            moments.append(Moment("finding the groups of a block", [*running, forward, kept]))
+            streams = (2 if on_device else 3) * model.width
+            adding = max((streams + n) * c * tokens + update_temporaries(model, kind, n, tokens) for n in inputs)
+            update = Part("adding to a statistic", "T · (2d + n) · c, and the products of a Gram matrix", adding)
+            moments.append(Moment("collecting", [*running, update]))
+        resident = [*states, *([weights] if in_order or grouped else [])]
+        resident += [Part("what it has become so far", "5B", RESULT * linear)] if own else []
         for name, parts in _solving(model, block, method, kind):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
+
+
+def _calibration(
+    model: ModelSizes, kind: type[Any] | None, samples: int, seq_len: int, tokens: int, on_device: bool, waiting: int
+) -> list[Part]:
+    """What the calibration windows hold from block to block."""
+    found, c = list[Part](), model.computed
+    if kind is not None and on_device:
+        buffer = samples * seq_len * model.width * c
+        found.append(Part("hidden states of all windows", "windows · length · d · c", buffer))
+    if waiting:
+        found.append(Part("micro-batches that wait for a group", "windows · length · (6d + n) · c", waiting))
+    if waiting and model.cuda:
+        threads = -(-samples * seq_len // max(tokens, 1))
+        found.append(Part("cuBLAS workspaces of their threads", "32 MiB each", threads * WORKSPACE))
+    return found
 
 
 def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None) -> list[tuple[str, list[Part]]]:
@@ -165,7 +210,7 @@ def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] 
         own = Part("factors", "Σ 4n²", kept)
         each = SWEEP.get(method, SCORE)
         found.append(("solving a layer", [own, Part("one linear at work", f"{each}N", each * size)]))
-        matrix = (8 if model.cuda else 4) * n * n if kind is Gram else 0
+        matrix = (12 if model.cuda else 4) * n * n if kind is Gram else 0  # CUDA: H, and both parts of it
         error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
         found.append(("verifying", [own, error]))
     return found
@@ -188,61 +233,6 @@ def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement:
     return [Moment("running the model", running), Moment("comparing logits", [*held, logits, wide])]
 
 
-def saved_for_backward(model: ModelSizes, block: BlockSizes, tokens: int) -> int:
-    """What one block keeps for its backward.
-
-    Inputs of every group, outputs of every linear (q, k, v before and after rotation are two), both norms'
-    inputs in float32 when computing in less, the activation's result: T · (10d + Σ outs + ...) · c.
-    """
-    outs = sum(out for out, _ in block.linears.values())
-    inner = sum(into for into in block.inputs())
-    return tokens * (SAVED_WIDTHS * model.width + SAVED_OUTPUTS * outs + inner) * model.computed
-
-
-def training_moments(model: ModelSizes, settings: Mapping[str, Any], seq_len: int, micro_batch: int) -> list[Moment]:
-    """Moments of AST, on the device.
-
-    Args:
-        model: Sizes.
-        settings: The method's arguments.
-        seq_len: Tokens of a window.
-        micro_batch: Windows of a forward.
-    """
-    c, tokens = model.computed, micro_batch * seq_len
-    sparse = sum(out * into for block in model.blocks for out, into in block.linears.values())
-    plain = model.numel - sparse
-    master = 4 if settings["masters"] == "float32" else 2
-    moments = 8.0 if settings["states"] == "float32" else 2 + 2 * 4 / 256
-    first = 1.0 if settings["states"] == "float32" else 1 / 8
-    held = [
-        *always(model),
-        Part("student", "P · c", model.numel * c),
-        Part("teacher", "P · c", model.numel * c),
-        Part("dense weights", "sparse P · 4, others if c differs", master * (sparse + (plain if master != c else 0))),
-        Part("moments", "8P in float32, 2.03P in float8", round(model.numel * moments)),
-        Part("mask and first mask", "sparse P · 2, or 1.125 in float8", round(sparse * (1 + first))),
-    ]
-    again, whole = settings["checkpointing"], [saved_for_backward(model, block, tokens) for block in model.blocks]
-    kept = [tokens * model.width * c] * len(model.blocks) if again else whole
-    activations = Part("kept for the backward", "T · (10d + outs + ins) · c a block", sum(kept))
-    block = Part("one block computed again", "as kept for one", max(whole) if again else 0)
-    gradients = Part("gradients", "P · c", model.numel * c)
-    earlier = [gradients] if settings["batch"] > micro_batch else []  # of the micro-batches before
-    rows = chunk_rows(tokens, model.vocabulary, torch.device("cuda" if model.cuda else "cpu"))
-    each = 3 * c if model.cuda else 2 * c + 24  # student, teacher, gradient; in float32 without a kernel
-    chunk = min(rows, tokens) * model.vocabulary * each
-    loss = Part("logits and loss of a chunk", "chunk · V · (3c, or 2c + 24)", chunk)
-    head = model.vocabulary * model.width * c
-    states = 3 * tokens * model.width * c
-    hidden = Part("hidden states, gradients of them and of the head", "3Tdc + Vdc", states + head)
-    ends = Part("kept for the first block", "T · (...) · c", max(kept))
-    return [
-        Moment("loss", [*held, *earlier, activations, hidden, loss]),
-        Moment("backward", [*held, *earlier, activations, hidden, block]),
-        Moment("end of the backward", [*held, gradients, ends, block]),
-    ]
-
-
 def host_of_walk(model: ModelSizes, process: int, *, hidden: int) -> Moment:
     """Host memory of a step over blocks on CUDA: two blocks read ahead and two on their way to the disk.
 
@@ -257,25 +247,6 @@ def host_of_walk(model: ModelSizes, process: int, *, hidden: int) -> Moment:
             Part("blocks read ahead and written behind", "B · 8 stored", block * 8 * model.stored),
         ],
     )
-
-
-def host_of_training(model: ModelSizes, process: int) -> Moment:
-    """Host memory of a training step on CUDA: the chain's float32 weights, and the result's."""
-    inside = model.numel - model.outside
-    return Moment(
-        "reading and writing the model",
-        [
-            Part("Python and its libraries", "measured now", process),
-            Part("linears before and after in float32", "P inside · 8", 8 * inside),
-            Part("one block on its way to disk", "B · (8 + 3 stored)", model.largest.numel * (8 + 3 * model.stored)),
-        ],
-    )
-
-
-def train_micro_batch(model: ModelSizes, batch: int, seq_len: int) -> int:
-    """Windows of a training forward when the recipe does not say."""
-    most = max(1, min(batch, MICRO_BATCH_TOKENS["cuda" if model.cuda else "cpu"] // seq_len))
-    return next(size for size in range(most, 0, -1) if batch % size == 0)
 
 
 def _kinds(blocks: Sequence[BlockSizes]) -> list[BlockSizes]:

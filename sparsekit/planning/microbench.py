@@ -1,14 +1,18 @@
 """A few seconds of the real work on made-up values, to predict how long all of it takes.
 
 What a run spends its time on is run here on the device in its own code: a block's forward, a statistic's
-update, the method on single linears, a training block's backward, the head, the disk. What does not fit
-the budget is extrapolated from smaller linears of the same step.
+update, the method on single linears and the proof of its result, a training block's backward, the head,
+the comparison of logits, a block's file. What does not fit the budget is extrapolated from smaller linears
+of the same step.
+
+On CUDA the first call of everything is not counted: it loads and compiles kernels. What first calls took
+beyond later ones is the start-up, which a process pays once and not for every layer.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,18 +23,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.evaluation.evaluate import agreement, window_losses
 from sparsekit.models.shapes import BlockSizes, ModelSizes, Shape, entering, width_of
 from sparsekit.models.view import ModelView
+from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import PlannedStep
 from sparsekit.state import Group, LinearState
+from sparsekit.verify import verified
 
 BUDGET = 5.0  # seconds for everything
 SAMPLE = 1024  # tokens of a made-up Gram matrix
-DISK = 32 * 2**20  # bytes written to time the disk
+DISK = 32 * 2**20  # bytes of a block's file that times the disk
 SLOW = 0.3  # seconds for one figure, unless a single run takes longer
 REPEATS = 10
 MOVED = 64 * 2**20  # bytes of a tensor that times the memory
-SMALL = 2048  # tokens of a timed forward, at most
+SMALL = 2048  # tokens of a timed forward, at most, on a CPU; a GPU is timed with what a run gives it
+LOGITS = 2**22  # logits that are compared to time it, about
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What the file of a block takes: seconds whatever its size, and seconds a byte.
+
+    Attributes:
+        constant: Written, synced and read back.
+        written: Packed, written and synced, with its digests.
+        read: Read back, checked.
+    """
+
+    constant: float
+    written: float
+    read: float
+
+    def seconds(self, files: int, size: int) -> float:
+        """So many files of so many bytes in all, written and read once."""
+        return files * self.constant + size * (self.written + self.read)
 
 
 @dataclass(slots=True)
@@ -43,6 +71,7 @@ class Bench:
         budget: Seconds for all of it.
         deadline: When they are over.
         notes: What was extrapolated.
+        startup: Seconds that first calls took beyond later ones, so far.
     """
 
     view: ModelView
@@ -50,15 +79,19 @@ class Bench:
     budget: float = BUDGET
     deadline: float = field(default_factory=lambda: time.monotonic() + BUDGET)
     notes: list[str] = field(default_factory=list)
+    startup: float = 0.0
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds of the fastest of a few runs after a warm-up: other processes only ever make one slower."""
-        started, best = time.monotonic(), self._once(work)
-        if best > SLOW:
-            return best
-        best = self._once(work)
+        first = self._once(work)
+        if self.view.device.type != "cuda" and first > SLOW:
+            return first  # it warms up little, and the budget is small
+        best, started = self._once(work), time.monotonic()
+        if self.view.device.type == "cuda":
+            self.startup += max(0.0, first - best)
+            self.deadline += max(0.0, first - best)
         for _ in range(REPEATS):
-            if time.monotonic() - started > SLOW:
+            if time.monotonic() + best - started > SLOW:
                 break
             best = min(best, self._once(work))
         return best
@@ -93,9 +126,10 @@ class Bench:
             return torch.ones(shape, dtype=self.view.compute_dtype, device=self.view.device)
         return self.random(*shape) / math.sqrt(shape[-1])
 
-    def forward_seconds(self, seq_len: int, *, backward: bool = False) -> float:
-        """Seconds for a token through the largest block; with its backward if asked for."""
-        windows = max(1, min(8, SMALL // seq_len))
+    def forward_seconds(self, windows: int, seq_len: int, *, backward: bool = False) -> float:
+        """Seconds for a token through the largest block in forwards of so many windows; with its backward if asked."""
+        if self.view.device.type != "cuda":
+            windows = max(1, min(windows, 8, SMALL // seq_len))
         call = None
         with self.block() as index, torch.enable_grad() if backward else torch.inference_mode():
             call = entering(self.view, windows, seq_len)[index]
@@ -114,10 +148,25 @@ class Bench:
     def head_seconds(self) -> float:
         """Seconds for a token through the head."""
         vocabulary = min(self.sizes.vocabulary, 32768)
-        weight, hidden = self.random(vocabulary, self.sizes.width), self.random(256, self.sizes.width)
+        tokens = 4096 if self.view.device.type == "cuda" else 256
+        weight, hidden = self.random(vocabulary, self.sizes.width), self.random(tokens, self.sizes.width)
         with torch.inference_mode():
             seconds = self.timed(lambda: F.linear(hidden, weight))
-        return seconds / 256 * self.sizes.vocabulary / vocabulary
+        return seconds / tokens * self.sizes.vocabulary / vocabulary
+
+    def comparing_seconds(self, seq_len: int, *, dense: bool) -> float:
+        """Seconds for a token's loss from its logits, and for the agreement with the dense model's."""
+        length = max(2, min(seq_len, LOGITS // self.sizes.vocabulary))
+        logits = self.random(1, length, self.sizes.vocabulary)
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+
+        def work() -> None:
+            window_losses(logits, tokens)
+            if dense:
+                agreement(logits, logits)
+
+        with torch.inference_mode():
+            return self.timed(work) / length
 
     def statistic_seconds(self, kind: type[Any], inputs: int) -> float:
         """Seconds for a token added to a statistic."""
@@ -154,42 +203,59 @@ class Bench:
         return found
 
     def _solve(self, planned: PlannedStep, names: Sequence[str], shapes: Sequence[Shape], into: int) -> float:
-        """The method on made-up linears with one input."""
+        """The method on made-up linears with one input, and the proof of what it returns."""
         method = planned.step.method
         with torch.inference_mode():
-            states = {
-                name: LinearState(name, self.random(*shape, dtype=torch.float32) / math.sqrt(into))
-                for name, shape in zip(names, shapes, strict=True)
-            }
+            states = {name: self._made_up(planned, name, shape) for name, shape in zip(names, shapes, strict=True)}
             given: LinearState | Group = states[names[0]]
             if method.scope == "group":
                 given = Group(states, tie=_same, untie=_same)
             arguments: list[Any] = [given]
+            statistic = None
             if method.stats is not None:
                 statistic = method.stats.empty(into, self.view.device)
                 statistic.update(self.random(SAMPLE, into))
                 arguments.append(statistic)
-            return self.timed(lambda: method.function(*arguments, **planned.arguments))
+
+            def work() -> None:
+                result = method.function(*arguments, **planned.arguments)
+                found, scale = (result.linears, result.input_scale) if method.scope == "group" else ({}, None)
+                for name, after in (found or {names[0]: result}).items():
+                    pattern = planned.patterns.get(name)
+                    verified(
+                        states[name], after, kind=method.kind, pattern=pattern, statistic=statistic, input_scale=scale
+                    )
+
+            return self.timed(work)
+
+    def _made_up(self, planned: PlannedStep, name: str, shape: Shape) -> LinearState:
+        """A linear as the step will find it: pruned, if a step before has done so."""
+        weight = self.random(*shape, dtype=torch.float32) / math.sqrt(shape[1])
+        pattern, method = planned.patterns.get(name), planned.step.method
+        pruned = pattern is not None and method.accepts(Pattern) is None
+        mask = pattern.keep(weight.abs()) if pattern is not None and pruned else None
+        return LinearState(name, weight, mask=mask, dense=weight if method.dense else None)
 
     def bytes_per_second(self) -> float:
         """What an elementwise operation moves in memory."""
         one, two = (torch.ones(MOVED // 4, device=self.view.device) for _ in range(2))
         return 3 * MOVED / self.timed(lambda: one.add_(two))
 
-    def disk_seconds(self, directory: Path) -> float:
-        """Seconds for a byte written and synced."""
+    def file_seconds(self, directory: Path) -> Files:
+        """What files of blocks take where a run would write them."""
         place = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.is_dir())
-        path = place / f".sparsekit-{os.getpid()}.tmp"
-        data = os.urandom(2**20) * (DISK // 2**20)
-        start = time.perf_counter()
-        try:
-            with open(path, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            path.unlink(missing_ok=True)
-        return (time.perf_counter() - start) / DISK
+        size = DISK // self.view.dtype.itemsize
+        with tempfile.TemporaryDirectory(prefix=".sparsekit-", suffix=".tmp", dir=place) as made:
+            store = StepStore(Path(made), self.view.dtype)
+            small, large = (self._file(store, count) for count in (1024, size))
+        written, read = (max(0.0, (large[i] - small[i]) / DISK) for i in range(2))
+        return Files(sum(small), written, read)
+
+    def _file(self, store: StepStore, count: int) -> tuple[float, float]:
+        """Seconds to write a block of one linear, and to read it back."""
+        block = BlockState({"linear": LinearState("linear", self.random(count // 1024, 1024, dtype=torch.float32))})
+        writing = self._once(lambda: store.commit_block(0, block, []))
+        return writing, self._once(lambda: store.block(0))
 
 
 def _same(vector: torch.Tensor) -> torch.Tensor:

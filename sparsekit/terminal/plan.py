@@ -67,6 +67,8 @@ def steps_table(found: Mapping[str, Any]) -> Table:
         table.add_row(part["title"], *map(megabytes, peaks), disk, duration(part["seconds"]) + each)
     for name, size in found["exports"].items():
         table.add_row(f"export {name}", *["–"] * len(titles), megabytes(size), "")
+    if found["startup"] >= 0.05:
+        table.add_row("start-up", *["–"] * len(titles), "–", duration(found["startup"]) + " once")
     peaks = [found["peak_device"], found["peak_host"]][: len(titles)]
     table.add_row("in all", *map(megabytes, peaks), megabytes(found["disk"]), duration(found["seconds"]), style="bold")
     return table

@@ -1,0 +1,35 @@
+"""How many bytes a run writes, worked out from sizes alone."""
+
+from __future__ import annotations
+
+from sparsekit.formats import FORMATS
+from sparsekit.models.shapes import ModelSizes
+from sparsekit.planning.plan import Plan, PlannedStep
+
+
+def block_bytes(sizes: ModelSizes, plan: Plan, planned: PlannedStep, index: int) -> int:
+    """File of one block after a step: codes of a byte, or values as stored, and masks of a bit."""
+    total = sizes.blocks[index].other * sizes.stored
+    for name, (out, into) in sizes.blocks[index].linears.items():
+        upto = [p for p in plan.steps[: planned.index + 1] if name in p.selected]
+        quantized = any(p.step.quantizes for p in upto)
+        masked = any(p.step.method.kind != "quantize" for p in upto)
+        total += out * into * (1 if quantized else sizes.stored) + (out * into // 8 if masked else 0)
+    return total
+
+
+def checkpoint_bytes(sizes: ModelSizes, planned: PlannedStep) -> int:
+    """The last checkpoint of a training run, and the one being written."""
+    return 2 * sizes.numel * (14 if planned.arguments.get("states") == "float32" else 8)
+
+
+def export_bytes(sizes: ModelSizes, plan: Plan, name: str) -> int:
+    """Weight files of an export."""
+    quantized = {layer for p in plan.steps if p.step.quantizes for layer in p.selected}
+    bits = next((p.arguments["bits"] for p in plan.steps if p.arguments.get("bits")), 16)
+    if FORMATS[name].storage is None:
+        return sizes.numel * sizes.stored
+    packed = sum(
+        out * into for block in sizes.blocks for layer, (out, into) in block.linears.items() if layer in quantized
+    )
+    return (sizes.numel - packed) * sizes.stored + packed * bits // 8
