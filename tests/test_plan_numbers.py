@@ -136,7 +136,7 @@ def test_what_an_h100_allocated_is_predicted(method, kind, measured):
     told = walk_moments(
         base_on_cuda(), method, kind, samples=128, seq_len=1024, on_device=True, in_order=False, grouped=method == "awq"
     )
-    assert peak(told).bytes == pytest.approx(measured, rel=0.05)
+    assert peak(told).bytes == pytest.approx(measured, rel=0.1)  # blocks travel in threads since then
 
 
 def test_scoring_on_an_h100_is_predicted():

@@ -191,7 +191,7 @@ class Estimator:
         """Memory and time of a training step."""
         data, given = self.recipe.data.train, planned.arguments
         seq_len = data.seq_len if data else 1
-        if not {"tokens", "batch", "states", "masters", "checkpointing"} <= given.keys():
+        if not {"tokens", "batch", "states", "masters", "checkpointing", "slorb"} <= given.keys():
             self.notes.append(f"{planned.title}: sparsekit knows no memory or time of this method")
             nothing = memory.Moment("unknown", [])
             return *self._split(nothing, nothing), 0.0

@@ -30,7 +30,7 @@ FACTOR = {"cpu": 40, "cuda": 28}
 FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
-SENT = 4  # bytes a weight of a block's linears on the device while methods of scope linear work
+SENT = 4  # bytes a weight of a block's linears on CUDA, where they are from the start
 RESULT = 5  # bytes a weight of what a block has become: values, and a mask or codes; kept until the next is done
 VERIFY = 20  # bytes a weight: before, after, change, change times Gram, their product
 
@@ -149,7 +149,7 @@ def walk_moments(
         on_device: Whether the calibration's hidden states stay on the device.
         in_order: Groups are collected and solved one by one.
         waiting: Bytes of what the micro-batches hold meanwhile, when they wait for each group.
-        grouped: The method is of scope group, whose results go back to the host at once.
+        grouped: The method is of scope group: the block stays loaded while it works.
     """
     c, tokens, moments = model.computed, model.micro_batch(samples, seq_len), list[Moment]()
     held = [*always(model), *_calibration(model, kind, samples, seq_len, tokens, on_device, waiting)]
@@ -159,9 +159,11 @@ def walk_moments(
         counted = [max(inputs)] if in_order else inputs
         statistics = Part("statistics", "Σ 4n² a group (Gram)", sum(statistic_bytes(kind, n) for n in counted))
         linear = sum(out * columns for out, columns in block.linears.values())
-        own = model.cuda and not grouped  # on a CPU they are the host's, which has them anyway
-        states = [Part("values of its linears", "4B", SENT * linear)] if own and kind is not None else []
-        states += [Part("what the block before has become", "5B", RESULT * linear)] if own else []
+        states, became = [], []
+        if model.cuda:  # on a CPU they are the host's, which has them anyway
+            states = [Part("values of its linears", "4B", SENT * linear)]
+            states.append(Part("what the block before has become", "5B", RESULT * linear))
+            became = [Part("what it has become so far", "5B", RESULT * linear)]
         if kind is not None:
             running = [*held, *states, weights, statistics]
             forward = forward_temporaries(model, block, tokens, buffered=on_device)
@@ -173,7 +175,7 @@ def walk_moments(
             update = Part("adding to a statistic", "T · (2d + n) · c, and the products of a Gram matrix", adding)
             moments.append(Moment("collecting", [*running, update]))
         resident = [*states, *([weights] if in_order or grouped else [])]
-        resident += [Part("what it has become so far", "5B", RESULT * linear)] if own else []
+        resident += became
         for name, parts in _solving(model, block, method, kind):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
@@ -206,10 +208,12 @@ def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] 
             each = FACTOR["cuda" if model.cuda else "cpu"]
             found.append(("factoring", [factors, Part("factor in float64", f"{each}n²", each * n * n)]))
             kept += FACTOR_KEPT * n * n
-        size = max(block.linears[name][0] for name in group) * n
+        rows = [block.linears[name][0] for name in group]
+        size = max(rows) * n
+        stack = sum(rows) * n if solves and model.cuda else size  # on CUDA linears with one input are swept as one
         own = Part("factors", "Σ 4n²", kept)
         each = SWEEP.get(method, SCORE)
-        found.append(("solving a layer", [own, Part("one linear at work", f"{each}N", each * size)]))
+        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
         matrix = (12 if model.cuda else 4) * n * n if kind is Gram else 0  # CUDA: H, and both parts of it
         error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
         found.append(("verifying", [own, error]))

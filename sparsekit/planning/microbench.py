@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sparsekit.blockwise.activations import free_memory
+from sparsekit.blockwise.stacking import STACK_BYTES, STACK_SHARE, STACKING
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.evaluation.evaluate import agreement, window_losses
 from sparsekit.models.shapes import BlockSizes, ModelSizes, Shape, entering, width_of
@@ -183,7 +185,7 @@ class Bench:
         units: list[tuple[list[str], int]] = []
         for group in block.groups:
             chosen = [name for name in group if name in planned.selected]
-            parts = [chosen] if planned.step.method.scope == "group" else [[name] for name in chosen]
+            parts = [chosen] if self._together(planned, [block.linears[n] for n in chosen]) else [[n] for n in chosen]
             units += [(names, block.linears[group[0]][1]) for names in parts if names]
         found: dict[str, float] = {}
         known: dict[tuple[Shape, ...], float] = {}
@@ -202,9 +204,24 @@ class Bench:
             found[names[0]] = known[shapes]
         return found
 
+    def _together(self, planned: PlannedStep, shapes: Sequence[Shape]) -> bool:
+        """Whether a run hands the linears of a group over as one: a group, or a stack of rows on CUDA."""
+        method, device = planned.step.method, self.view.device
+        if method.scope == "group":
+            return True
+        size = sum(out * into for out, into in shapes) * STACK_BYTES
+        return (
+            device.type in STACKING
+            and method.stats is not None
+            and method.by_rows(planned.arguments)
+            and size <= STACK_SHARE * free_memory(device)
+        )
+
     def _solve(self, planned: PlannedStep, names: Sequence[str], shapes: Sequence[Shape], into: int) -> float:
         """The method on made-up linears with one input, and the proof of what it returns."""
         method = planned.step.method
+        if method.scope != "group" and len(names) > 1:  # a stack
+            names, shapes = names[:1], [(sum(out for out, _ in shapes), into)]
         with torch.inference_mode():
             states = {name: self._made_up(planned, name, shape) for name, shape in zip(names, shapes, strict=True)}
             given: LinearState | Group = states[names[0]]
