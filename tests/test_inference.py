@@ -30,7 +30,7 @@ from sparsekit.formats import FORMATS
 from sparsekit.inference import packed as packing
 from sparsekit.inference.decoder import Decoder
 from sparsekit.inference.generate import Stats, context_of, stream
-from sparsekit.inference.linear import PackedLinear, fused
+from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.load import bytes_of, forms_of, products
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
 from sparsekit.models.chain import Chain
@@ -249,6 +249,34 @@ def test_every_format_computes_what_the_dequantized_model_does(exports, name):
     assert list(stream(model, TOKENS, max_tokens=24)) == greedy(expected, 24)
 
 
+def test_in_bfloat16_a_cpu_multiplies_with_torchs_int4_product(tiny):
+    model = sk.load(tiny / "sparsekit-24", device="cpu", dtype="bfloat16")
+    expected = dequantized(tiny / "sparsekit-24", tiny / "dense")
+    with torch.no_grad():
+        found, logits = model(TOKENS).logits.float(), expected(TOKENS).logits
+        dense = expected.bfloat16()(TOKENS).logits.float()
+    own, usual = (float((each - logits).norm() / logits.norm()) for each in (found, dense))
+    assert own < 2 * usual + 0.005  # no worse than bfloat16 arithmetic with the dequantized weights
+    assert len(list(stream(model, TOKENS, max_tokens=8))) == 8
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_torchs_int4_product_has_the_same_weight(sparse):
+    torch.manual_seed(0)
+    weight = integers(48, 256, 64, sparse=sparse)
+    expected, x = weight.dequantize(), torch.randn(7, 256).bfloat16()
+    product = Product(pack(weight), None, torch.bfloat16)
+    assert product.limit and not product.why_reference
+    close = {"rtol": 2**-7, "atol": 1e-6}
+    torch.testing.assert_close(product.dense().float(), expected, **close)
+    exact = x.float() @ expected.t()
+    assert float((product(x).float() - exact).norm() / exact.norm()) < 0.01
+    assert product(x[:0]).shape == (0, 48)
+    odd = Product(pack(integers(33, 128, 128, sparse=sparse)), None, torch.bfloat16)
+    assert odd.limit == 0 and "no shape [33, 128]" in odd.why_reference
+    assert odd(x[:, :128]).shape == (7, 33)
+
+
 def test_a_dense_export_loads_as_it_is(exports):
     model = sk.load(exports / "dense", device="cpu")
     expected = AutoModelForCausalLM.from_pretrained(exports / "dense", dtype=torch.float32).eval()
@@ -266,8 +294,9 @@ def test_models_tiny_takes_the_bytes_it_should(tiny):
     buffers = sum(buffer.nbytes for buffer in model.model.rotary_emb.buffers())
     assert bytes_of(model) == ours["codes"] + ours["positions"] + ours["scales"] + 2 * ours["dense"] + buffers
     assert bytes_of(sk.load(tiny / "gptq", device="cpu")) == bytes_of(model)
-    half = sk.load(tiny / "sparsekit-24", device="cpu", dtype="bfloat16")
-    assert bytes_of(half) == bytes_of(model) - ours["dense"]
+    half, weights = sk.load(tiny / "sparsekit-24", device="cpu", dtype="bfloat16"), 4 * ours["codes"]
+    assert all(product.limit for product in products(half))  # torch's int4 product: 4 bits, two bfloat16 for a scale
+    assert bytes_of(half) == weights // 2 + 2 * ours["scales"] + ours["dense"] + buffers
 
 
 def test_greedy_text_of_models_tiny_is_that_of_the_dequantized_model(tiny):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import cast
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from sparsekit.branch import Branch, LowRank
 from sparsekit.errors import ModelError
 from sparsekit.inference.packed import PackedWeight, dequantize, multiply_reference, stacked
-from sparsekit.kernels import decode
+from sparsekit.kernels import decode, decode_cpu
 
 
 class Product(nn.Module):
     """x W^T + b with a packed W.
 
-    Up to `limit` tokens the decode kernel multiplies; beyond, W is dequantized and torch multiplies. The
-    dequantized W lives for one product, so that the allocator uses one and the same block for every linear.
-    Where no kernel runs, the reference multiplies a few rows at a time.
+    Up to `limit` tokens the device's kernel multiplies; beyond, W is dequantized and torch multiplies. The
+    dequantized W lives for one product, so that the allocator uses one and the same block for every linear. A buffer
+    of our own would be no smaller, and two threads or a CUDA graph could find another's values in it.
+    Where no kernel runs, the reference dequantizes and multiplies a few rows at a time.
 
     Attributes:
         out_features: Rows of W, of all linears together.
@@ -55,9 +57,11 @@ class Product(nn.Module):
         self.group_size = packed.group_size
         self.dtype = dtype
         self.register_buffer("bias", bias)
-        self.why_reference = decode.why_not(packed, dtype, packed.values.device) or ""
-        self.limit = 0 if self.why_reference else decode.MAX_TOKENS
-        self._arranged = None if self.why_reference else decode.arrange(packed)
+        device = packed.values.device
+        self._kernel: Any = decode_cpu if device.type == "cpu" else decode
+        self.why_reference: str = self._kernel.why_not(packed, dtype, device) or ""
+        self.limit: int = 0 if self.why_reference else self._kernel.MAX_TOKENS
+        self._arranged: Any = None if self.why_reference else self._kernel.arrange(packed)
         held = packed if self.why_reference else None
         self._number = next(_NUMBERS)
         _PRODUCTS[self._number] = self
@@ -72,7 +76,11 @@ class Product(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Everything that takes memory."""
-        held = self.packed.tensors() if self._arranged is None else [self._arranged.units]
+        if self._arranged is None:
+            held = self.packed.tensors()
+        else:
+            parts = (getattr(self._arranged, field.name) for field in fields(self._arranged))
+            held = [part for part in parts if isinstance(part, Tensor)]
         return held if self.bias is None else [*held, self.bias]
 
     @property
@@ -95,7 +103,7 @@ class Product(nn.Module):
     def dense(self) -> Tensor:
         """The weight [out, in] in the dtype of the activations, made anew."""
         if self._arranged is not None:
-            return decode.expand(self._arranged, self.dtype)
+            return cast("Tensor", self._kernel.expand(self._arranged, self.dtype))
         return dequantize(self.packed, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +119,12 @@ class Product(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Without the bias, [tokens, in] to [tokens, out]."""
-        if self._arranged is not None and len(x) <= self.limit:
-            return decode.multiply(x, self._arranged)
-        if self.device.type == "cpu":
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        if self._arranged is None:
             return multiply_reference(x, self.packed)
+        if len(x) <= self.limit:
+            return cast("Tensor", self._kernel.multiply(x, self._arranged))
         return x @ self.dense().t()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Product:
@@ -134,7 +144,7 @@ class Product(nn.Module):
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        path = f"kernel up to {self.limit} tokens" if self.limit else "reference"
+        path = f"kernel up to {self.limit:,} tokens" if self.limit else "reference"
         return f"{self.in_features} -> {self.out_features}, {self.form}, groups of {self.group_size}, {path}"
 
 

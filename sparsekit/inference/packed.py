@@ -165,6 +165,15 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     return whole
 
 
+def codes_of(packed: PackedWeight) -> Tensor:
+    """The codes of all inputs, uint8 [out, in]; those that are not stored are 8, which stands for 0."""
+    ones = replace(packed, scales=torch.ones_like(packed.scales))
+    codes = torch.empty(packed.shape, dtype=torch.uint8, device=packed.values.device)
+    for first, last in _chunks(packed):
+        codes[first:last] = _rows(ones.rows(first, last)) + ZERO
+    return codes
+
+
 def multiply_reference(x: Tensor, packed: PackedWeight) -> Tensor:
     """Multiply, x W^T: [tokens, in] to [tokens, out] in the dtype of x; only a few rows of W are ever dense."""
     if packed.shape[0] * packed.shape[1] <= CHUNK:
