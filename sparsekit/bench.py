@@ -203,44 +203,39 @@ class Bench:
             found = {n: LinearState(n, linear.weight.detach().float()) for n, linear in linears.items()}
         return BlockState(found, self.block.params)
 
-    def seconds(self, work: Callable[[], BlockState]) -> tuple[float, BlockState]:
-        """Time of some work, the device's included."""
-        self._wait()
-        start = time.perf_counter()
-        block = work()
-        self._wait()
-        return time.perf_counter() - start, block
-
-    def _wait(self) -> None:
-        if self.view.device.type == "cuda":
+    def once(self, work: Callable[[], BlockState]) -> tuple[float, int, BlockState]:
+        """Seconds of some work, the device's included, the bytes it allocated there at most, and its result."""
+        cuda = self.view.device.type == "cuda"
+        if cuda:
             torch.cuda.synchronize(self.view.device)
+            torch.cuda.reset_peak_memory_stats(self.view.device)
+        resting, start = torch.cuda.memory_allocated(self.view.device) if cuda else 0, time.perf_counter()
+        block = work()
+        if cuda:
+            torch.cuda.synchronize(self.view.device)
+        took = time.perf_counter() - start
+        return took, torch.cuda.max_memory_allocated(self.view.device) - resting if cuda else 0, block
 
     def compared(
-        self, job: Job, others: Mapping[str, Callable[[nn.Linear], Side]], repeats: int
+        self, job: Job, others: Mapping[str, Callable[[nn.Linear], Side]], repeats: int, theirs: int
     ) -> list[dict[str, Any]]:
         """One row for each other side and each schedule of ours; ratios and equal weights are to the first."""
+        sides = [(name, partial(self.theirs, side), 0, theirs) for name, side in others.items()]
+        for each in SCHEDULES:
+            sides.append((f"sparsekit {each}", partial(self.ours, job, each), WARM_UP, repeats))
         rows: list[dict[str, Any]] = []
         first: BlockState | None = None
-        for name, side in others.items():
-            took, block = self.seconds(partial(self.theirs, side))
+        for name, work, warm, times in sides:
+            for _ in range(warm):
+                work()
+            runs = [self.once(work)[:2] for _ in range(times - 1)]
+            *last, block = self.once(work)
+            seconds, peaks = zip(*runs, tuple(last), strict=True)
             first = block if first is None else first
-            row = {"side": name, "seconds": took, "error": self.error(block), "equal": agreement(first, block)}
-            rows.append(row | ({"ratio": rows[0]["seconds"] / took} if rows else {}))
-        assert first is not None  # there is a side to compare with
-        for schedule in SCHEDULES:
-            runs = [self.seconds(partial(self.ours, job, schedule)) for _ in range(WARM_UP + repeats)]
-            times, block = [took for took, _ in runs[WARM_UP:]], runs[-1][1]
-            rows.append(
-                {
-                    "side": f"sparsekit {schedule}",
-                    "seconds": statistics.median(times),
-                    "least": min(times),
-                    "most": max(times),
-                    "error": self.error(block),
-                    "equal": agreement(first, block),
-                    "ratio": rows[0]["seconds"] / statistics.median(times),
-                }
-            )
+            median = statistics.median(seconds)
+            row = {"side": name, "seconds": median, "error": self.error(block), "equal": agreement(first, block)}
+            row |= {"least": min(seconds), "most": max(seconds), "runs": times, "peak": max(peaks)}
+            rows.append(row | ({"ratio": rows[0]["seconds"] / median} if rows else {}))
         return rows
 
 
@@ -276,6 +271,7 @@ def run_bench(
     jobs: Sequence[str] = tuple(JOBS),
     others: Mapping[str, Mapping[str, Callable[[nn.Linear], Side]]] | None = None,
     repeats: int = 3,
+    theirs: int = 1,
     told: Callable[[str, list[dict[str, Any]]], None] = lambda name, rows: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Both sides of some jobs on one block of random weights.
@@ -285,7 +281,8 @@ def run_bench(
         device: Where.
         jobs: Names out of `JOBS`.
         others: Further sides by job and name, run before the restated recursion.
-        repeats: Timed runs of our side; the others, which take seconds, run once.
+        repeats: Timed runs of our side.
+        theirs: Runs of the others, which take seconds.
         told: Called with each job's rows.
     """
     found: dict[str, list[dict[str, Any]]] = {}
@@ -295,6 +292,6 @@ def run_bench(
             job = JOBS[name]
             sides: dict[str, Callable[[nn.Linear], Side]] = dict((others or {}).get(name, {}))
             sides["the recursion"] = partial(Restated, job=job)
-            found[name] = bench.compared(job, sides, repeats)
+            found[name] = bench.compared(job, sides, repeats, theirs)
             told(name, found[name])
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from sparsekit.branch import Branch
 from sparsekit.errors import CheckpointError, NumericsError
-from sparsekit.kept import sealed, unsealed
+from sparsekit.kept import Known, sealed, sha256_file, unsealed
 from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 from sparsekit.tensorfile import Digest, Part, parts_of
@@ -136,12 +135,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def sha256_file(path: Path) -> str:
-    """Digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool mask into bits, uint8 [ceil(numel / 8)], lowest bit first."""
     flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
@@ -239,7 +232,7 @@ class StepStore:
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.directory = directory
         self.dtype = dtype
-        self._digests: dict[str, str] = {}  # of files this process has written or checked
+        self._known: dict[str, Known] = {}  # files this process has written or checked
 
     @property
     def done(self) -> dict[str, Any] | None:
@@ -265,12 +258,20 @@ class StepStore:
 
     def _intact(self, name: str, digest: str) -> bool:
         path = self.directory / name
-        return path.is_file() and sha256_file(path) == digest
+        return path.is_file() and self._digest(path) == digest
+
+    def _digest(self, path: Path) -> str:
+        """Digest of a file, which is read for it unless this process has, and nobody can have written to it since."""
+        known = self._known.get(path.name)
+        if known is None or not known.still(path):
+            known = self._known[path.name] = Known.of(path)
+        return known.digest
 
     def finish(self, fingerprint: str, result: Mapping[str, Any]) -> None:
         """Mark the step finished."""
         paths = sorted([*self.directory.glob("*.safetensors"), *self.directory.glob("block-*.json")])
-        files = {path.name: self._digests.get(path.name) or sha256_file(path) for path in paths}
+        known = {name: known.digest for name, known in self._known.items()}
+        files = {path.name: known.get(path.name) or sha256_file(path) for path in paths}
         write_json(self.directory / "DONE", sealed({"fingerprint": fingerprint, "result": result, "files": files}))
 
     def block_path(self, index: int) -> Path:
@@ -291,9 +292,9 @@ class StepStore:
     ) -> None:
         """Write what `block_tensors` made of a finished block, and then that it is finished."""
         path = self.block_path(index)
-        self._digests[path.name] = write_tensors(path, tensors, metadata)
-        about = sealed({"sha256": self._digests[path.name], "layers": layers})
-        write_json(path.with_suffix(".json"), about)
+        digest = write_tensors(path, tensors, metadata)
+        self._known[path.name] = Known.written(path, digest)
+        write_json(path.with_suffix(".json"), sealed({"sha256": digest, "layers": layers}))
 
     def block(self, index: int) -> BlockState | None:
         """A committed block on the host, or None; one that fails its digest counts as absent and is removed."""
@@ -306,10 +307,9 @@ class StepStore:
         about = unsealed(path.with_suffix(".json"))
         if not path.is_file() or about is None:
             return None
-        if sha256_file(path) != about["sha256"]:
+        if self._digest(path) != about["sha256"]:
             path.unlink()
             return None
-        self._digests[path.name] = about["sha256"]
         tensors, metadata = read_tensors(path)
         return Stored(tensors, partial(block_of_tensors, metadata=metadata))
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,3 +50,49 @@ def checksum(tensor: Tensor) -> int:
     flat = tensor.detach().contiguous().reshape(-1)
     wide = torch.int32 if flat.element_size() % 4 == 0 else torch.uint8
     return int(flat.view(wide).sum(dtype=torch.int64)) if flat.numel() else 0
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+Version = tuple[int, int, int]
+TICK = 100_000_000  # nanoseconds; a file system's times are coarser than a clock's, by 4 to 10 ms on Linux
+
+
+def version(path: Path) -> Version:
+    """What changes when a file is written or replaced: its inode, its size, and the time of its last change."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_ctime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The digest of a file as it was at some time.
+
+    Attributes:
+        digest: sha256 of its content.
+        version: Of the file, before it was read.
+        at: When, in nanoseconds.
+    """
+
+    digest: str
+    version: Version
+    at: int
+
+    @classmethod
+    def written(cls, path: Path, digest: str) -> Self:
+        """A file that has just been written."""
+        return cls(digest, version(path), time.time_ns())
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Read a file for its digest."""
+        before, now = version(path), time.time_ns()
+        return cls(sha256_file(path), before, now)
+
+    def still(self, path: Path) -> bool:
+        """Whether the file is that one: unchanged since, and not written to in the same tick of its clock."""
+        return version(path) == self.version and self.version[2] < self.at - TICK

@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -360,14 +359,15 @@ class Run:
         target = self.recipe.export_directory()
         reports, files = [], {}
         for name in self.recipe.export.formats:
-            result = export_as(
-                FORMATS[name],
-                self.view,
-                partial(chain.block, device=self.view.device),
-                target / name,
-                name=self.recipe.name,
-                patterns=self._patterns(),
-            )
+            with Ahead(chain.stored, self.view.device, len(self.view.blocks)) as blocks:
+                result = export_as(
+                    FORMATS[name],
+                    self.view,
+                    blocks,
+                    target / name,
+                    name=self.recipe.name,
+                    patterns=self._patterns(),
+                )
             reports.append(result.as_dict())
             files[name] = target / name
         plain = [directory for name, directory in files.items() if FORMATS[name].storage is None]

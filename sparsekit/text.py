@@ -8,8 +8,8 @@ import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsekit.checkpoint import sha256_file
 from sparsekit.errors import DataError, nearest
+from sparsekit.kept import sha256_file
 from sparsekit.models.locate import ASSETS
 
 TEXTS = ASSETS / "text"

@@ -12,6 +12,10 @@ block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, beside
        --sparsegpt DIR and --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes
 awq    the scale search of every group of that block
 base   where the time of a step on --model goes
+7b     a whole model of Llama-2-7B's shape from disk to packed integers on disk, in --work; --blocks, --samples and
+       --length make it smaller, --shape takes another of load.py. Disk: 13 GB, 17 GB, 4 GB.
+
+Parts block and 7b also run on a CPU, as `--parts block,7b --small`.
 
 Both sides run in one process on the same random weights and inputs, after a warm-up; figures are
 medians of CUDA-event times, with the spread.
@@ -38,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from device_time import Silent, profiled, timed
 from oneshot_block import block
+from oneshot_model import model
 from torch import Tensor
 
 from sparsekit.kernels.masks import nm_mask
@@ -267,18 +272,31 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("shared/text/calibration.txt"))
     parser.add_argument("--sparsegpt", type=Path, help="a copy of IST-DASLab/sparsegpt")
     parser.add_argument("--autogptq", type=Path, help="a copy of AutoGPTQ")
-    parser.add_argument("--small", action="store_true", help="a small block in part block")
+    parser.add_argument("--small", action="store_true", help="a small block in part block, a small model in 7b")
+    parser.add_argument("--theirs", type=int, default=1, help="runs of the other sides of part block, 10 s each")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/oneshot-7b"), help="where part 7b writes")
+    parser.add_argument("--shape", default="7b", help="of the model of part 7b")
+    parser.add_argument("--blocks", type=int, help="of the model of part 7b; all of the shape when absent")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of part 7b")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--schedule", choices=("group", "block"), default="group")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "check": check,
         "solve": solve,
         "gram": gram,
         "mask": mask,
-        "block": lambda: block(given.sparsegpt, given.autogptq, given.small),
+        "block": lambda: block(given.sparsegpt, given.autogptq, given.small, given.theirs),
         "awq": awq,
         "base": lambda: base(given.model, given.text),
+        "7b": lambda: (
+            model(given.work, "tiny", None, 4, 64, given.schedule)
+            if given.small
+            else model(given.work, given.shape, given.blocks, given.samples, given.length, given.schedule)
+        ),
     }
-    environment = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    environment = {"torch": torch.__version__, "device": card}
     found: dict[str, Any] = {"environment": environment}
     for name in given.parts.split(","):
         start = time.perf_counter()

@@ -65,7 +65,7 @@ def package(name: str, directory: Path) -> None:
     sys.modules[name] = module
 
 
-def block(sparsegpt: Path | None, autogptq: Path | None, small: bool) -> dict[str, Any]:
+def block(sparsegpt: Path | None, autogptq: Path | None, small: bool, theirs: int) -> dict[str, Any]:
     """The whole block; the authors' classes beside ours if they are there."""
     others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
     if sparsegpt is not None:
@@ -78,10 +78,12 @@ def block(sparsegpt: Path | None, autogptq: Path | None, small: bool) -> dict[st
         package("auto_gptq.quantization", autogptq / "auto_gptq" / "quantization")
         module = importlib.import_module("auto_gptq.quantization.gptq")
         others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
-    console = Console(width=110)
+    console = Console(width=120)
     shape = bench.SMALL if small else bench.LLAMA_7B
-    found = bench.run_bench(shape, others=others, told=lambda name, rows: console.print(bench_table(name, rows)))
-    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape)}
+    found = bench.run_bench(
+        shape, others=others, theirs=theirs, told=lambda name, rows: console.print(bench_table(name, rows))
+    )
+    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape) if torch.cuda.is_available() else {}}
 
 
 def phases(shape: bench.Shape) -> dict[str, list[str]]:

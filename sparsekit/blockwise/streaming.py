@@ -41,11 +41,15 @@ class Ahead:
 
     def __call__(self, index: int) -> BlockState:
         """A block, on the device."""
-        known, self._next = self._next, None
-        stored = known[1].result() if known is not None and known[0] == index else self._fetched(index)
+        stored = self._taken(index)
         if index + 1 < self._count:
             self._next = index + 1, self._pool.submit(self._fetched, index + 1)
         return stored.on(self._device)
+
+    def _taken(self, index: int) -> Stored:
+        """What was read ahead, once it is there; or the block, read now."""
+        known, self._next = self._next, None
+        return known[1].result() if known is not None and known[0] == index else self._fetched(index)
 
     def _fetched(self, index: int) -> Stored:
         stored = self._read(index)

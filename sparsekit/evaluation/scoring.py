@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sparsekit.checkpoint import sha256_file, write_json
+from sparsekit.checkpoint import write_json
 from sparsekit.data import entry_digest
 from sparsekit.errors import DataError, nearest
 from sparsekit.evaluation.evaluate import Agreements, lm_eval_scores, perplexity
 from sparsekit.evaluation.tasks import chosen, task_files
-from sparsekit.kept import sealed, unsealed
+from sparsekit.kept import sealed, sha256_file, unsealed
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.recipe import Recipe, TextEntry

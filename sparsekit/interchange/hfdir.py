@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsekit.checkpoint import read_json, sha256_file, write_json
+from sparsekit.checkpoint import read_json, write_json
 from sparsekit.errors import CheckpointError
+from sparsekit.kept import sha256_file
 
 MAX_SHARD = 5 * 10**9  # bytes, the customary size of Hugging Face shards
 MARKER = "sparsekit.json"  # a directory that holds it was written by an export and may be replaced

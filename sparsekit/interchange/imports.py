@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsekit.checkpoint import read_json, read_tensors, sha256_file, unpack_mask
+from sparsekit.checkpoint import read_json, read_tensors, unpack_mask
 from sparsekit.errors import CheckpointError
 from sparsekit.formats import storage_of
 from sparsekit.interchange.hfdir import MARKER, read_config
+from sparsekit.kept import sha256_file
 from sparsekit.state import LinearState
 
 MASKS = Path("sparsekit") / "masks.safetensors"  # in a folder: loaders read every *.safetensors beside the model

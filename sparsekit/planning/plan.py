@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from sparsekit import __version__
-from sparsekit.checkpoint import sha256_file
 from sparsekit.errors import CoverageError, RecipeError, nearest
 from sparsekit.evaluation.measures import code_of
 from sparsekit.formats import FORMATS
+from sparsekit.kept import sha256_file
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe import Recipe, Step
