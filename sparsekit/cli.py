@@ -202,22 +202,26 @@ def schema(plugins: tuple[Path, ...]) -> None:
 @click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A parameter of the method.")
 @named_errors
 def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None:
-    """Try the promises every method makes on method NAME."""
+    """Try the promises of methods on method NAME, and those of export formats on format NAME."""
     from rich.console import Console
 
     from sparsekit.errors import ContractError
+    from sparsekit.formats import FORMATS
     from sparsekit.registry import METHODS
     from sparsekit.terminal.console import outcomes_table
-    from sparsekit.testing import outcomes
+    from sparsekit.testing import format_outcomes, outcomes
     from sparsekit.testing.specimens import assigned
 
     for path in plugins:
         METHODS.load_path(path)
-    found = outcomes(name, arguments=assigned(values))
+    integers = name in FORMATS and FORMATS[name].storage is not None
+    found = format_outcomes(name) if integers else []
+    if name in METHODS.names() or not integers:
+        found = [*outcomes(name, arguments=assigned(values)), *found]
     Console().print(outcomes_table(found), highlight=False)
     failed = sum(outcome.status == "failed" for outcome in found)
     if failed:
-        raise ContractError(f"method {name!r} breaks {failed} of {len(found)} promises")
+        raise ContractError(f"{name!r} breaks {failed} of {len(found)} promises")
 
 
 @main.command()

@@ -13,13 +13,14 @@ from test_imports import run
 
 import sparsekit
 from sparsekit.cli import main
-from sparsekit.errors import CheckpointError, MethodError, PluginError, RecipeError
+from sparsekit.errors import CheckpointError, ContractError, MethodError, PluginError, RecipeError
 from sparsekit.evaluation.measures import EVALUATORS, Measure, evaluator
 from sparsekit.formats import FORMATS, export_format
 from sparsekit.formats.own import Own
 from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
 from sparsekit.shelf import Origin, Shelf
+from sparsekit.testing import check_format
 
 PAGE = Path(__file__).parents[1] / "docs" / "write-a-plugin.md"
 STEPS = '[{method: magnitude, pattern: "2:4"}, {method: rtn, bits: 3, group_size: 32}]'
@@ -124,6 +125,33 @@ def test_plugins_that_do_not_keep_their_word_are_named():
         format_of(None, lambda found, setting: found["codes"]).unpack({}, None)
     with pytest.raises(CheckpointError, match="unpack of mine fails: index 7 is out of bounds"):
         format_of(None, lambda found, setting: found["codes"][7]).unpack({"codes": torch.zeros(2)}, None)
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.storage is not None])
+def test_formats_of_sparsekit_keep_the_promises(name):
+    check_format(name)
+
+
+def test_broken_formats_are_told_what_to_do(plugin, tmp_path):
+    assert "breaks" not in told("check", "bytewise", "--plugin", str(plugin))
+    code = plugin.read_text()
+    for change, told_of in (
+        (
+            ('"codes": weight.codes,', '"codes": weight.codes // 2,'),
+            "comes_back: 2 bits, .*codes differ when read back",
+        ),
+        (('"codes": weight.codes,', '"codes": weight.codes.add_(1),'), "repeats: pack modifies the integers"),
+        (("parts=PARTS)", 'parts=PARTS, refuses=lambda weight: "no")'), "takes_some: it refuses all of 56 made-up"),
+    ):
+        name = f"broken_{len(list(tmp_path.iterdir()))}"
+        path = tmp_path / f"{name}.py"
+        path.write_text(code.replace(*change).replace('"bytewise"', f'"{name}"'))
+        with pytest.raises(ContractError, match=told_of):
+            check_format(name, plugin=path)
+    with pytest.raises(PluginError, match=r"no export format 'gptk'; .*Did you mean 'gptq'"):
+        check_format("gptk")
+    with pytest.raises(PluginError, match="nothing to check"):
+        check_format("dense")
 
 
 def test_entry_points_are_loaded_when_somebody_looks(monkeypatch):

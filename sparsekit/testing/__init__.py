@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from sparsekit.errors import ContractError, SparsekitError
+from sparsekit.errors import ContractError, PluginError, SparsekitError, nearest
+from sparsekit.formats import FORMATS
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS, Method
 from sparsekit.testing.contract import (
@@ -37,12 +38,13 @@ from sparsekit.testing.contract import (
     unstructured,
 )
 from sparsekit.testing.specimens import arguments_of, specimen
+from sparsekit.testing.storages import STORAGE_CHECKS
 from sparsekit.testing.wholes import allocation, training
 
 Status = Literal["ok", "failed", "does not apply"]
 
 __all__ = [
-    "Outcome", "Subject", "check_method", "outcomes", "specimen",
+    "Outcome", "Subject", "check_format", "check_method", "format_outcomes", "outcomes", "specimen",
     "purity", "shapes", "dtype", "pattern", "unstructured", "mask_kept", "dead_inputs", "determinism", "one_row",
     "one_group", "resume", "devices", "training", "allocation",
 ]  # fmt: skip
@@ -109,6 +111,41 @@ def outcomes(name: str, *, arguments: Mapping[str, Any] | None = None, plugin: P
     return found
 
 
+def format_outcomes(name: str, *, plugin: Path | None = None) -> list[Outcome]:
+    """Try every promise of an export format of integers.
+
+    Args:
+        name: Of `export.formats`.
+        plugin: Plugin file to load first.
+    Raises:
+        PluginError: No such format, or one without integers.
+    """
+    if plugin is not None:
+        METHODS.load_path(plugin)
+    if name not in FORMATS:
+        raise PluginError(f"no export format {name!r}; there are {', '.join(FORMATS)}.{nearest(name, FORMATS)}")
+    storage, found = FORMATS[name].storage, []
+    if storage is None:
+        raise PluginError(f"format {name} stores every value as it is and has nothing to check")
+    for check in STORAGE_CHECKS:
+        try:
+            check(storage)
+            found.append(Outcome(check.__name__, "ok", (check.__doc__ or "").partition("\n")[0]))
+        except SparsekitError as error:
+            found.append(Outcome(check.__name__, "failed", str(error)))
+    return found
+
+
+def check_format(name: str, *, plugin: Path | None = None) -> None:
+    """Run the promises of an export format.
+
+    Raises:
+        ContractError: One is broken; the message lists every one.
+        PluginError: See `format_outcomes`.
+    """
+    _refuse("format", name, format_outcomes(name, plugin=plugin))
+
+
 def check_method(name: str, *, arguments: Mapping[str, Any] | None = None, plugin: Path | None = None) -> None:
     """Run the whole suite.
 
@@ -116,7 +153,11 @@ def check_method(name: str, *, arguments: Mapping[str, Any] | None = None, plugi
         ContractError: A promise is broken; the message lists every one.
         PluginError: See `outcomes`.
     """
-    failed = [each for each in outcomes(name, arguments=arguments, plugin=plugin) if each.status == "failed"]
+    _refuse("method", name, outcomes(name, arguments=arguments, plugin=plugin))
+
+
+def _refuse(noun: str, name: str, found: list[Outcome]) -> None:
+    failed = [each for each in found if each.status == "failed"]
     if failed:
         lines = "\n".join(f"  {each.name}: {each.message}" for each in failed)
-        raise ContractError(f"method {name!r} breaks {len(failed)} promises of the contract:\n{lines}")
+        raise ContractError(f"{noun} {name!r} breaks {len(failed)} promises of the contract:\n{lines}")
