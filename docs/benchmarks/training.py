@@ -7,7 +7,7 @@ Run from the repository's root; it needs torch for CUDA with Triton, transformer
 check  the fused optimizer and the loss kernel against their torch references
 step   the optimizer step of a 1.2 B model: fused, plain torch reference, and torch's fused AdamW
 loss   KL + CE of 4096 tokens, 128,256 logits, width 2048: chunked and plain, extra peak memory and time
-base   tokens a second of models/base's shape, 128 x 1024 tokens a step
+base   tokens a second of models/base's shape, 128 x 1024 tokens a step; `of_ast_mean` is to the arm without bits
 1b     the same of a 1 B Llama shape, 8 x 2048 tokens a step
 7b     peak memory of AST steps of Llama-2-7B's shape, 16k tokens a micro-batch, leanest memory modes
 
@@ -43,9 +43,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsekit.kernels import Kernels, loss_kernel
 from sparsekit.methods.ast import AstPolicy
 from sparsekit.pattern import Pattern
+from sparsekit.quant import Rounding
 from sparsekit.training import distill
 from sparsekit.training.blocks import blocks_of, compiled, recomputed
 from sparsekit.training.distill import Objective, chunked_loss, loss_reference, slice_loss_reference
+from sparsekit.training.grids import rounding_of
 from sparsekit.training.loop import Fit, TrainJob
 from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
@@ -54,6 +56,7 @@ from sparsekit.training.schedule import Schedule
 GIB = 2**30
 PATTERN = Pattern(2, 4)
 LEAN = Memory("float8", "bfloat16")
+INT4, ODD2 = rounding_of(4, 128, "integer"), rounding_of(2, 128, "odd")
 SHAPES: dict[str, dict[str, Any]] = {
     "base": {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 7, "num_attention_heads": 8,
@@ -119,9 +122,14 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: PATTERN.keep(p.detach().abs()) for name, p in model.named_parameters() if p in inside}
 
 
-def sparse_adamw(model: nn.Module, memory: Memory, kernels: Kernels = "triton") -> SparseAdamW:
-    """The optimizer of a model, its kernel for new masks compiled already."""
-    optimizer = SparseAdamW(model, masks_of(model), PATTERN, Rule(), memory=memory, kernels=kernels)
+def sparse_adamw(
+    model: nn.Module, memory: Memory, kernels: Kernels = "triton", rounding: Rounding | None = None
+) -> SparseAdamW:
+    """The optimizer of a model, its kernel for new masks compiled already; on grids where there is a rounding."""
+    rule = Rule(rounding=rounding)
+    optimizer = SparseAdamW(model, masks_of(model), PATTERN, rule, memory=memory, kernels=kernels)
+    if rounding is not None:
+        optimizer.regrid()
     optimizer.advance(Step(1, lr=0.0, refresh=True))  # no gradient yet: it changes nothing
     return optimizer
 
@@ -197,14 +205,16 @@ def part_step() -> dict[str, Any]:
     clip = torch.ones((), device="cuda")
     copied = _copy_speed()
     result: dict[str, Any] = {"parameters": count, "copy_gb_s": copied}
-    arms = (
-        ("fused", Memory(), "triton", 29),
-        ("fused_lean", LEAN, "triton", 13.1),
-        ("reference", Memory(), "reference", 0),
+    arms: tuple[tuple[str, Memory, Kernels, float, Rounding | None], ...] = (
+        ("fused", Memory(), "triton", 29, None),
+        ("fused_int4", Memory(), "triton", 29, INT4),
+        ("fused_odd2", Memory(), "triton", 29, ODD2),
+        ("fused_lean", LEAN, "triton", 13.1, None),
+        ("reference", Memory(), "reference", 0, None),
     )
-    for name, memory, kernels, bytes_ in arms:
+    for name, memory, kernels, bytes_, rounding in arms:
         free()
-        optimizer = sparse_adamw(model, memory, kernels)
+        optimizer = sparse_adamw(model, memory, kernels, rounding)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) * 1e-3
         for kind, refresh in (("plain", False), ("refresh", True)):
@@ -226,6 +236,9 @@ def part_step() -> dict[str, Any]:
     for kind in ("plain", "refresh"):
         ratio = result[f"reference_{kind}"]["median_ms"] / result[f"fused_{kind}"]["median_ms"]
         result[f"reference_over_fused_{kind}"] = ratio
+        for bits in ("int4", "odd2"):
+            extra = result[f"fused_{bits}_{kind}"]["median_ms"] / result[f"fused_{kind}"]["median_ms"]
+            result[f"{bits}_over_fused_{kind}"] = extra
     return result
 
 
@@ -331,14 +344,15 @@ def part_tokens(name: str, batch: int, length: int, micro: int, rounds: int, ker
     teacher = llama(name).eval().requires_grad_(False)
     tokens = torch.randint(0, SHAPES[name]["vocab_size"], (4 * batch, length), dtype=torch.int32)
     fits: dict[str, Fit] = {}
-    for arm in ("dense", "ast", "ast_lean"):
+    for arm in ("dense", "ast", "ast_int4", "ast_odd2", "ast_lean"):
         student = copy.deepcopy(teacher).eval().requires_grad_(True)
         optimizer: Any = None
         if arm == "dense":
             named = dict(student.named_parameters())
             optimizer = DenseOptimizer(named, torch.optim.AdamW(named.values(), lr=1e-5, betas=(0.9, 0.95), fused=True))
         else:
-            optimizer = sparse_adamw(student, Memory() if arm == "ast" else LEAN)
+            rounding = {"ast_int4": INT4, "ast_odd2": ODD2}.get(arm)
+            optimizer = sparse_adamw(student, LEAN if arm == "ast_lean" else Memory(), rounding=rounding)
         fits[arm] = fit_of(student, teacher, tokens, optimizer, batch, micro, kernels=kernels)
     free()
     times: dict[str, list[float]] = {arm: [] for arm in fits}
@@ -358,6 +372,7 @@ def part_tokens(name: str, batch: int, length: int, micro: int, rounds: int, ker
     for arm, taken in times.items():
         result[arm] = {**spread(taken), "tokens_per_s": a_step / statistics.median(taken) * 1e3, "all_ms": taken}
         result[arm]["of_dense_median"] = statistics.median(times["dense"]) / statistics.median(taken)
+        result[arm]["of_ast_mean"] = statistics.fmean(times["ast"]) / statistics.fmean(taken)
         result[arm]["of_dense_mean"] = statistics.fmean(times["dense"]) / statistics.fmean(taken)
     halves = [statistics.median(times["dense"][start::2]) for start in (0, 1)]
     result["dense_against_dense"] = halves[0] / halves[1]

@@ -16,6 +16,7 @@ from sparsekit.training.world import ALONE, World
 KEPT = 7
 SETTINGS = {**SETTING, "second_moment": "momentum", "kl": 0.6667, "temperature": 2.0, "checkpoint_every": 1}
 SETTINGS |= {"micro_batch": 1, "mask_every": 2}
+BITS = {"bits": 4, "group_size": 8, "quantize_from": 0.2}  # from step 5 on
 
 
 class Stopped(Exception):
@@ -63,6 +64,8 @@ def finished(directory, world=ALONE, **options):
     if world.first:
         tensors = {f"weight/{name}": state.weight for name, state in trained.linears.items()}
         tensors |= {f"mask/{name}": state.mask for name, state in trained.linears.items()}
+        if "bits" in options:
+            tensors |= {f"codes/{name}": state.quantized.codes for name, state in trained.linears.items()}
         tensors |= {f"param/{name}": value.clone() for name, value in trained.params.items()}
         save_file(tensors, directory / "result.safetensors")
         (directory / "log.json").write_text(json.dumps(log))
@@ -83,6 +86,7 @@ def main(directory):
     finished(directory / "two", world)
     stopped(directory / "two-then-one", world)
     finished(directory / "one-then-two", world)
+    stopped(directory / "bits-two-then-one", world, **BITS)
 
 
 if __name__ == "__main__":

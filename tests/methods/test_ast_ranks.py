@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_jobs import KEPT, finished, stopped
+from rank_jobs import BITS, KEPT, finished, stopped
 from safetensors.torch import load_file
 
 JOBS = Path(__file__).with_name("rank_jobs.py")
@@ -18,7 +18,7 @@ JOBS = Path(__file__).with_name("rank_jobs.py")
 def runs(tmp_path_factory):
     """Whole runs on one and on two ranks, one begun on two ranks and ended on one, and the reverse."""
     directory = tmp_path_factory.mktemp("ranks")
-    for name in ("one", "two", "two-then-one", "one-then-two"):
+    for name in ("one", "two", "two-then-one", "one-then-two", "bits-one", "bits-two-then-one"):
         (directory / name / "checkpoint").mkdir(parents=True)
     finished(directory / "one")
     stopped(directory / "one-then-two")
@@ -32,6 +32,8 @@ def runs(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout.decode()[-4000:]
     finished(directory / "two-then-one")
+    finished(directory / "bits-one", **BITS)
+    finished(directory / "bits-two-then-one", **BITS)
     return directory
 
 
@@ -57,7 +59,7 @@ def assert_equal_runs(found, expected, first_step=0):
     tensors, wanted = result_of(found), result_of(expected)
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        if name.startswith("mask/"):
+        if name.startswith(("mask/", "codes/")):
             assert torch.equal(tensors[name], tensor), name
         else:
             torch.testing.assert_close(tensors[name], tensor, rtol=1e-6, atol=1e-9)
@@ -81,6 +83,11 @@ def test_a_run_of_two_ranks_goes_on_alone(runs):
 
 def test_a_run_of_one_process_goes_on_on_two_ranks(runs):
     assert_equal_runs(runs / "one-then-two", runs / "one", first_step=KEPT - 1)  # a step is saved once it was told
+
+
+def test_weights_on_grids_go_on_alone(runs):
+    assert_equal_runs(runs / "bits-two-then-one", runs / "bits-one", first_step=KEPT - 1)
+    assert any(name.startswith("codes/") for name in result_of(runs / "bits-one"))
 
 
 def test_checkpoints_of_ranks_are_safetensors_and_one_is_kept(runs):
