@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
 from sparsekit.pattern import Pattern
 from sparsekit.training.distill import IGNORED, Objective, chunked_loss, slice_loss_reference
-from sparsekit.training.grids import rounding_of
+from sparsekit.training.grids import on_grid, rounding_of
 from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
 
@@ -175,6 +175,33 @@ def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory,
     state["dense"][0] = float("nan")
     fused.compute_with(masked=True, rounded=True)
     assert torch.equal(two.a.weight[0].isnan(), state["mask"][0])  # what is not finite is not made finite
+
+
+@pytest.mark.parametrize(
+    ("bits", "levels", "size", "dtype"),
+    [(4, "integer", 8, torch.bfloat16), (3, "integer", -1, torch.float32), (2, "odd", 8, torch.float32)],
+)
+def test_learned_steps_are_the_references(bits, levels, size, dtype):
+    made = pair(dtype, Rule(rounding=rounding_of(bits, size, levels), learned=True))
+    (one, reference), (two, fused) = made
+    for _, optimizer in made:
+        optimizer.regrid()
+    for number in range(1, 5):
+        give_gradients((one, two), number)
+        clip = None if number == 2 else torch.tensor(0.7)
+        for _, optimizer in made:
+            optimizer.advance(Step(number, lr=1e-2, decay=1e-2, refresh=number == 3), clip)
+        for key, expected in reference.tensors().items():
+            if key.startswith("step"):  # a stored step is a rounding of its master, which may fall on either side
+                tolerance = 2**-10 if key.startswith("step/") else 1e-5
+                torch.testing.assert_close(fused.tensors()[key], expected, rtol=tolerance, atol=1e-6)
+        for name in "ab":
+            state = fused.state[getattr(two, name).weight]
+            assert torch.equal(state["step"], state["step_dense"].half().float())
+            computed = on_grid(state["dense"], state["mask"], state["step"], fused.rule.rounding)
+            rough = 0.0 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(getattr(two, name).weight.float(), computed, rtol=rough, atol=0)
+        fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
 
 
 def test_parameters_without_a_gradient_stay():

@@ -126,7 +126,7 @@ def sparse_adamw(
     model: nn.Module, memory: Memory, kernels: Kernels = "triton", rounding: Rounding | None = None
 ) -> SparseAdamW:
     """The optimizer of a model, its kernel for new masks compiled already; on grids where there is a rounding."""
-    rule = Rule(rounding=rounding)
+    rule = Rule(rounding=rounding, learned=rounding is not None)
     optimizer = SparseAdamW(model, masks_of(model), PATTERN, rule, memory=memory, kernels=kernels)
     if rounding is not None:
         optimizer.regrid()

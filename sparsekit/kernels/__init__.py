@@ -35,6 +35,10 @@ class FusedOptimizer(Protocol):
         """Update every parameter that has a gradient; returns the flip counts if it chose the masks again."""
         ...
 
+    def learn(self, step: Step, clip: Tensor | None) -> None:
+        """Update the steps of grids by the gradients that `advance` is to use, before it."""
+        ...
+
     def write(self, *, masked: bool) -> None:
         """Put weights on their grids into the parameters, and update nothing."""
         ...

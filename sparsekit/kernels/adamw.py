@@ -10,6 +10,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 from sparsekit.kernels.adamw_device import advance_chunks
+from sparsekit.kernels.steps import learn_
 from sparsekit.kernels.table import CHUNK, Table
 from sparsekit.pattern import Pattern
 from sparsekit.training.lowbits import Memory, step_key
@@ -66,6 +67,16 @@ class FusedAdamW:
         refresh = step.refresh and self.refreshes
         counters = self._launch(step, clip, masked, rounded, update=True, refresh=refresh)
         return (counters[0], counters[1]) if refresh else None
+
+    def learn(self, step: Step, clip: Tensor | None) -> None:
+        """Update the steps of grids by the gradients that `advance` is to use, before it."""
+        assert self.rule.rounding is not None  # or nothing is on a grid
+        factor = self._one if clip is None else clip
+        for table in self.tables.values():
+            for _, parameter in table.parameters:
+                state, grad = table.state[parameter], parameter.grad
+                if "step_dense" in state and grad is not None:
+                    learn_(state, grad.contiguous(), factor, self.rule.rounding, self.rule, step)
 
     def write(self, *, masked: bool) -> None:
         """Put weights on their grids into the parameters, and update nothing."""

@@ -87,6 +87,7 @@ def ast(
     bits: Annotated[int, Field(ge=1, le=8)] | None = None,
     group_size: int = 128,
     levels: Levels = "integer",
+    scales: Literal["learned", "fitted"] = "learned",
     quantize_from: Share = 0.0,
     batch: Annotated[int, Field(ge=1)] = 32,
     micro_batch: Annotated[int, Field(ge=1)] | None = None,
@@ -138,11 +139,12 @@ def ast(
             A run that is continued has the number of steps it began with.
         bits: Train integers: the model computes with kept weights rounded to a grid of so many bits, the
             gradient goes straight through, and the result needs no quantizer. None trains floats.
-        group_size: Inputs of a row that share a step of the grid; -1 for one group a row. The steps are fitted
-            to the kept weights whenever the mask is chosen, and a last time when it freezes.
+        group_size: Inputs of a row that share a step of the grid; -1 for one group a row.
         levels: `integer` has -2^(bits-1)..2^(bits-1)-1. `odd` has ±1, ±3, ..., ±(2^bits - 1) and no 0 for kept
             weights, which their place tells from pruned ones; their codes have one bit more in formats that
             store zeros. From 1 bit on.
+        scales: `learned` fits the steps of the grid to the kept weights once, when they go on it, and trains
+            them from there; `fitted` fits them whenever the mask is chosen, and a last time when it freezes.
         quantize_from: Share of the steps before the weights go on the grid.
         batch: Windows of one optimizer step.
         micro_batch: Windows of one forward; by default what fills the device.
@@ -216,6 +218,7 @@ def ast(
         scaling=weight_scaling,
         masked=forward == "masked",
         rounding=None if bits is None else rounding_of(bits, group_size, levels),
+        learned=scales == "learned",
     )
     seed = mixed(job.seed + job.world.rank) if job.world.rank else job.seed  # ranks round with bits of their own
     memory = Memory(states, masters, seed=seed)

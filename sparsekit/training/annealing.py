@@ -100,7 +100,7 @@ class AstPolicy:
             self._steer(step)
         if done == self.frozen_from:
             self.optimizer.finalize()
-            if self.optimizer.rounded:
+            if self.optimizer.fits:
                 self.optimizer.regrid()  # a last time; the steps of the freeze see the grids of the result
         if self.rounded_after is not None and not self.optimizer.rounded and done >= self.rounded_after * self.steps:
             self.optimizer.regrid()

@@ -1,22 +1,30 @@
 """Integer grids of a model in training: the model computes with what its weights will be stored as.
 
-Each group of inputs of a sparse weight has a step s, fitted to the kept values of W. The model computes
-with Q(W) ⊙ M, Q(w) the nearest level of the group; the dense W stays in the optimizer and the gradient
-goes straight through to every entry of it. Steps are float16 values in float32, so a checkpoint of the
-integers holds them exactly, and dequantized integers are the parameters bit for bit.
+Each group of inputs of a sparse weight has a step s. The model computes with Q(W) ⊙ M, Q(w) the nearest
+level of the group; the dense W stays in the optimizer and the gradient goes straight through to every
+entry of it. Steps are fitted to the kept values of W, and learned from there: what reaches the parameter
+tells ∂L/∂s too. They are float16 values in float32, so a checkpoint of the integers holds them exactly,
+and dequantized integers are the parameters bit for bit.
+
+Source of the learned steps: Esser et al. 2020, "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3.
+Deviations: Adam moves a step by a share of itself, so the gradient needs no factor; weights beyond the
+range keep their gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparsekit.errors import MethodError
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid, QuantizedWeight, Rounding, resolve_group_size
+from sparsekit.quant import Grid, QuantizedWeight, Rounding, resolve_group_size, store_scale
 
 Levels = Literal["integer", "odd"]
+LEAST = 0.5  # a step shrinks to no less of itself at once, whatever the rate
 SEARCHED = 3  # bits up to which, on an integer grid, a clipped range is searched for
 
 
@@ -93,3 +101,63 @@ def integers(weight: Tensor, mask: Tensor, step: Tensor, rounding: Rounding) -> 
     grid = Grid.of_scale(step, rounding.bits, odd=rounding.odd)
     codes = grid.encode(weight.float().reshape(shape), mask.reshape(shape)).reshape(weight.shape)
     return QuantizedWeight.of(codes, grid, group_size=weight.shape[1] // step.shape[1], symmetric=True)
+
+
+def first_step(fitted_step: Tensor, *, learned: bool) -> dict[str, Tensor]:
+    """State of the steps [out, groups]: those the model computes with and, if learned, their masters and moments."""
+    state = {"step": fitted_step}
+    if learned:
+        state["step_dense"] = fitted_step.clone()
+        state |= {key: torch.zeros_like(fitted_step) for key in ("step_avg", "step_avg_sq")}
+    return state
+
+
+@torch.no_grad()
+def learn_(
+    state: MutableMapping[str, Tensor],
+    grad: Tensor,
+    rounding: Rounding,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float,
+    number: int,
+) -> None:
+    """One Adam update of a parameter's steps, in place; the reference of the kernel in `kernels.steps`.
+
+    With q the level of w in steps and v = w / s, each kept w of a group adds grad · (q - v) to ∂L/∂s where
+    v is in the range, and grad · q beyond it. The range ends half a level after the last one. Then
+
+        m ← β1 m + (1 - β1) ∂L/∂s,   u ← β2 u + (1 - β2) (∂L/∂s)²
+        s ← s · (1 - lr · m̂ / (sqrt(û) + eps)),   m̂ and û corrected for their start
+
+    Args:
+        state: `dense` [out, in], `mask`, and what `first_step` has made.
+        grad: float32 [out, in], clipped already.
+        rounding: How.
+        betas: Of the moments.
+        eps: Added to the root.
+        lr: Learning rate, as of the weights.
+        number: 1 for the first step of the run.
+    """
+    step, shape = state["step"], (*state["step"].shape, -1)
+    weight, kept = state["dense"].float().reshape(shape), state["mask"].reshape(shape)
+    grid = Grid.of_scale(step, rounding.bits, odd=rounding.odd)
+    level = grid.encode(weight, kept) - grid.zero.unsqueeze(-1)
+    value = weight / step.unsqueeze(-1)
+    low, high = range_of(rounding)
+    inside = (value >= low) & (value <= high)
+    slope = torch.where(inside, level - value, level).masked_fill(~kept, 0.0)
+    of_step = (grad.float().reshape(shape) * slope).sum(-1)
+    beta1, beta2 = betas
+    state["step_avg"].lerp_(of_step, 1 - beta1)
+    state["step_avg_sq"].mul_(beta2).addcmul_(of_step, of_step, value=1 - beta2)
+    root = (state["step_avg_sq"] / (1 - beta2**number)).sqrt_().add_(eps)
+    share = 1 - lr / (1 - beta1**number) * state["step_avg"] / root
+    state["step_dense"].mul_(share.clamp_(min=LEAST))
+    step.copy_(store_scale(state["step_dense"]))
+
+
+def range_of(rounding: Rounding) -> tuple[float, float]:
+    """The range of a grid in steps, half a level beyond the first and the last one."""
+    half = 2.0 ** (rounding.bits - 1)
+    return (-half, half) if rounding.odd else (-half - 0.5, half - 0.5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsekit.kernels import Kernels, fused_optimizer
 from sparsekit.pattern import Pattern
-from sparsekit.training.grids import fitted, group_of, on_grid
+from sparsekit.training.grids import first_step, fitted, group_of, learn_, on_grid
 from sparsekit.training.lowbits import (
     Memory,
     blocks_of,
@@ -35,6 +35,7 @@ __all__ = ["DecayRule", "Rule", "SecondMoment", "SparseAdamW", "Step", "adamw_",
 
 
 MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "scale_avg", "scale_avg_sq"}
+MOMENTS |= {"step_avg", "step_avg_sq"}
 SCALE_OF = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 
 
@@ -49,7 +50,7 @@ class SparseAdamW:
     everything below works on them as if they were the parameters.
 
     State of a sparse parameter: `dense` (W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq` and, with
-    activation-aware scores, `importance` [in]; with grids `step` [out, groups]. An ordinary parameter
+    activation-aware scores, `importance` [in]; with grids what `grids.first_step` makes. An ordinary parameter
     that is not of the masters' dtype has a `dense` master too. float8 moments are flat, `exp_avg_sq`
     holds the root of v, `SCALE_OF` tells where their scales are, and `initial_mask` is packed to bits.
 
@@ -111,7 +112,9 @@ class SparseAdamW:
             state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
             if self.rule.rounding is not None:
                 size = group_of(self.rule.rounding, name, parameter.shape[1])
-                state["step"] = fitted(given.to(device), first, self.rule.rounding, size)
+                state |= first_step(
+                    fitted(given.to(device), first, self.rule.rounding, size), learned=self.rule.learned
+                )
             if self.rule.scaling:
                 check_parts(name, parameter.shape[1], self.rule.scaling, self.pattern)
                 state |= first_scale(parameter, self.rule.scaling)
@@ -154,10 +157,12 @@ class SparseAdamW:
             clip: What gradients are multiplied by, a scalar tensor on their device (see `clip_factor`).
         """
         if self._fused is not None:
+            if self.rounded and self.rule.learned:
+                self._fused.learn(step, clip)
             counts = self._fused.advance(step, clip, masked=self.masked, rounded=self.rounded)
             if counts is not None:
                 self._count(*counts)
-            if step.refresh and counts is not None and self.rounded:
+            if step.refresh and counts is not None and self.fits:
                 self.regrid()
             if not step.refresh or counts is not None:
                 return
@@ -173,7 +178,9 @@ class SparseAdamW:
 
     def _update(self, index: int, parameter: Tensor, grad: Tensor, step: Step) -> None:
         """One step of one parameter's state; the reference of the fused kernel in every precision."""
-        state, memory = self.state[parameter], self.memory
+        state, memory, rule = self.state[parameter], self.memory, self.rule
+        if self.rounded and "step_dense" in state and rule.rounding is not None:
+            learn_(state, grad, rule.rounding, rule.betas, rule.eps, step.lr, step.number)
         if "scale" in state:
             grad, of_scale = split_gradient(grad, self._computed(state), state["scale"])
             moments = state["scale_avg"], state["scale_avg_sq"]
@@ -238,13 +245,18 @@ class SparseAdamW:
             changed.append((mask ^ state["mask"]).sum())
             away.append((mask ^ (first if first.dtype == torch.bool else unpacked_bits(first, mask.shape))).sum())
             state["mask"].copy_(mask)
-            if not self.rounded:
+            if not self.fits:
                 self._write(parameter)
         if changed:
             self._count(torch.stack(changed).sum(), torch.stack(away).sum())
-        if self.rounded:
+        if self.fits:
             self.regrid()
         return self.flips
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights are on grids that are fitted with every mask."""
+        return self.rounded and not self.rule.learned
 
     def _count(self, changed: Tensor, away: Tensor) -> None:
         counts = self.world.sum(torch.stack([changed, away]))
@@ -268,6 +280,8 @@ class SparseAdamW:
             state = self.state[self.names[name]]
             step = state["step"]
             step.copy_(fitted(state["dense"], state["mask"], rounding, state["mask"].shape[1] // step.shape[1]))
+            if self.rule.learned:
+                state["step_dense"].copy_(step)
         self.compute_with(masked=self.masked, rounded=True)
 
     def _write_sparse(self) -> None:

@@ -34,6 +34,7 @@ class Rule:
         scaling: Learned scales of a row of a sparse weight, see `scaling`; 0 for none.
         masked: Whether the model computes with W ⊙ M; otherwise with W, and the mask only steers the decay.
         rounding: Grids that kept weights are put on, see `grids`; None for none.
+        learned: Whether their steps are learned, once fitted; otherwise they are fitted with every mask.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -43,6 +44,7 @@ class Rule:
     scaling: int = 0
     masked: bool = True
     rounding: Rounding | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,9 +109,37 @@ def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory)
             assert torch.equal(getattr(one, name).weight, getattr(two, name).weight), name
 
 
+@pytest.mark.parametrize("memory", [Memory(), LEAN])
+@pytest.mark.parametrize(
+    ("bits", "levels", "size"), [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1)]
+)
+def test_learned_steps_are_the_references(bits, levels, size, memory):
+    made = pair(torch.bfloat16, Rule(rounding=rounding_of(bits, size, levels), learned=True), memory=memory)
+    (one, reference), (two, fused) = made
+    for _, optimizer in made:
+        optimizer.regrid()
+    fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
+    for number in range(1, 6):
+        give_gradients((one, two))
+        for _, optimizer in made:
+            optimizer.advance(Step(number, lr=1e-2, decay=1e-2, refresh=number == 3), torch.tensor(0.7, device="cuda"))
+        for key, expected in reference.tensors().items():
+            if key.startswith("step"):  # a stored step is a rounding of its master, which may fall on either side
+                tolerance = 2**-10 if key.startswith("step/") else 1e-4
+                torch.testing.assert_close(fused.tensors()[key], expected, rtol=tolerance, atol=1e-4)
+        for name in ("a", "b"):
+            parameter = getattr(two, name).weight
+            state = fused.state[parameter]
+            assert torch.equal(state["step"], state["step_dense"].half().float())
+            expected = on_grid(state["dense"], state["mask"], state["step"], fused.rule.rounding)
+            assert torch.equal(parameter, expected.bfloat16()), name
+        fused.load_tensors({key: value.clone() for key, value in reference.tensors().items()})
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_waits_for_the_device():
-    rule = Rule(rounding=rounding_of(2, 8, "odd"))
+@pytest.mark.parametrize("learned", [False, True])
+def test_nothing_waits_for_the_device(learned):
+    rule = Rule(rounding=rounding_of(2, 8, "odd"), learned=learned)
     (_, _), (net, fused) = pair(torch.bfloat16, rule, memory=LEAN)
     fused.regrid()
     clip = torch.ones((), device="cuda")
