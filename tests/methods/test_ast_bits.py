@@ -291,9 +291,9 @@ def test_a_step_with_bits_is_the_quantizer(tmp_path):
 
 def test_a_run_reports_evaluates_and_exports_the_integers(tmp_path, random_model):
     step = AST.replace("ast,", "ast, bits: 2, levels: odd, group_size: 16,")
-    run(write(tmp_path, random_model, step, formats="dense, gptq"))
+    run(write(tmp_path, random_model, step, formats="gptq, sparsekit-24-compact"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"][0]["violations"] == 0
     assert report["steps"][0]["bits"] == [3]  # of a code: the zeros are codes too
     assert report["steps"][0]["training"]["bits_per_weight"] == 2 + 16 / 16
-    assert [export["format"] for export in report["exports"]] == ["dense", "gptq"]
+    assert [export["format"] for export in report["exports"]] == ["gptq", "sparsekit-24-compact"]
