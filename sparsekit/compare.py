@@ -17,6 +17,7 @@ from sparsekit.checkpoint import RunLock, read_json, remove_temporaries
 from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
+from sparsekit.evaluation.deploy import DenseFigures
 from sparsekit.models.locate import locate
 from sparsekit.planning.plan import model_digest
 from sparsekit.recipe import Recipe, refuse_code
@@ -72,6 +73,7 @@ class Comparison:
         """
         reports: dict[str, Any] = {}
         missed: list[str] = []
+        dense = DenseFigures()
         with RunLock(self.directory):
             remove_temporaries(self.directory)
             for index, (name, run) in enumerate(self.runs.items()):
@@ -82,7 +84,7 @@ class Comparison:
                     missed.append(f"{name}: {error}")
                     reports[name] = read_json(run.directory / "report.json")
                 if self.deploy:
-                    reports[name] = add_card(run.directory, self.listener)
+                    reports[name] = add_card(run.directory, self.listener, view=run.view, known=dense)
             comparison = comparison_of(self.arms.name, reports, self.arms.notes)
             files = write_comparison(comparison, self.directory)
         self.listener.compared(comparison, files)

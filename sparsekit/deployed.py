@@ -7,20 +7,25 @@ from typing import Any
 
 from sparsekit.checkpoint import RunLock, StepStore, read_json
 from sparsekit.errors import CheckpointError
-from sparsekit.evaluation.deploy import deploy_card
+from sparsekit.evaluation.deploy import DenseFigures, deploy_card
 from sparsekit.evaluation.scoring import Watcher
 from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.recipe import read_recipe
 from sparsekit.reporting.report import write_report
 from sparsekit.run import open_view
 
 
-def add_card(directory: Path, watcher: Watcher) -> dict[str, Any]:
+def add_card(
+    directory: Path, watcher: Watcher, *, view: ModelView | None = None, known: DenseFigures | None = None
+) -> dict[str, Any]:
     """Measure a finished run's model beside the dense one and write its report anew.
 
     Args:
         directory: Of the run.
         watcher: Told how far it is.
+        view: The run's model, where it is open; its blocks are empty.
+        known: Figures of the dense model, which the arms of a comparison share.
     Returns:
         The report with `deploy`.
     Raises:
@@ -29,7 +34,7 @@ def add_card(directory: Path, watcher: Watcher) -> dict[str, Any]:
     report: dict[str, Any] = read_json(directory / "report.json")
     if not report["steps"] or "shared" not in report:
         raise CheckpointError(f"{directory} keeps no steps to measure; run the recipe again with this version")
-    view = open_view(read_recipe(directory / "recipe.yaml"))
+    view = view or open_view(read_recipe(directory / "recipe.yaml"))
     dense = final = Chain(view)
     for step in report["steps"]:
         place = Path(report["shared"]) / "steps" / f"{step['index'] + 1}-{step['method']}-{step['fingerprint'][:10]}"
@@ -38,7 +43,7 @@ def add_card(directory: Path, watcher: Watcher) -> dict[str, Any]:
             raise CheckpointError(f"{place} is missing or damaged; run the recipe again")
         final = final.then(store)
     watcher.started(f"{report['name']}: deploy card")
-    report["deploy"] = deploy_card(dense, final, report["exports"], watcher.progress)
+    report["deploy"] = deploy_card(dense, final, report["exports"], watcher.progress, known)
     with RunLock(directory):
         write_report(report, directory)
     return report

@@ -46,6 +46,8 @@ from sparsekit.training.driver import Training
 from sparsekit.training.ranks import Place, launch
 from sparsekit.training.world import ALONE, World
 
+KEPT_TOKENS = 2**26  # of a text that stays in memory between its uses; a longer one is read from its file again
+
 
 class Listener(Protocol):
     """Told what a run is doing; the terminal is one."""
@@ -87,6 +89,7 @@ class Run:
             comparison, whose arms find what another one has done.
         twin: The dense model beside the compressed one, for their agreement.
         summaries: What each finished step did.
+        cut: Tokens of the texts read so far, by entry; the arms of a comparison share them.
     """
 
     recipe: Recipe
@@ -98,6 +101,7 @@ class Run:
     shared: Path
     twin: Twin
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    cut: dict[str, Tensor] = field(default_factory=dict)
     _repeated: PlannedStep | None = None
 
     @classmethod
@@ -122,7 +126,8 @@ class Run:
         """Another recipe for the same model, which shares what this run keeps."""
         plan = plan_for(recipe, self.view)
         directory = recipe.output_directory()
-        return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, self.shared, self.twin)
+        shared = self.shared, self.twin
+        return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, *shared, cut=self.cut)
 
     @classmethod
     def rank(cls, recipe: Recipe, listener: Listener, shared: Path, digest: str) -> Self:
@@ -144,7 +149,10 @@ class Run:
 
     def windows(self, entry: TextEntry) -> Tensor:
         """Tokens of a text, int32 [windows, seq_len]."""
-        return token_windows(
+        key = entry_digest(entry, self.recipe.resolve)
+        if key in self.cut:
+            return self.cut[key]
+        tokens = token_windows(
             entry,
             self.tokenizer,
             resolve=self.recipe.resolve,
@@ -152,6 +160,9 @@ class Run:
             allow_network=self.recipe.allow_network,
             vocabulary=self.view.config.get_text_config().vocab_size,
         )
+        if tokens.numel() <= KEPT_TOKENS:
+            self.cut[key] = tokens
+        return tokens
 
     def execute(self) -> dict[str, Any]:
         """Run what is not done, evaluate, export and report."""

@@ -26,7 +26,7 @@ evaluate: {{perplexity: [heldout]}}
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    monkeypatch.setattr(sparsekit.evaluation.deploy, "SECONDS", 0.02)
+    monkeypatch.setattr(sparsekit.evaluation.deploy, "SECONDS", {"cpu": 0.02, "cuda": 0.02})
 
 
 def write(tmp_path: Path, model: Path) -> Path:
@@ -70,6 +70,11 @@ def test_compare_measures_every_arm(tmp_path, random_model):
     call("compare", tmp_path / "both.yaml", "--deploy")
     data = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert all(len(arm["deploy"]["speed"]) == 2 for arm in data["arms"])
+    one, other = ([row["dense"] for row in arm["deploy"]["speed"]] for arm in data["arms"])
+    assert one == other  # measured once
+    said = ["The dense model was measured once for all arms." in arm["deploy"]["notes"] for arm in data["arms"]]
+    assert said == [False, True]
+    assert len({arm["deploy"]["memory"]["dense"] for arm in data["arms"]}) == 1
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "dense, tokens/s" in page
     assert "Speed was not measured" not in page

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from sparsekit.reporting.numerals import megabytes
 
 BATCHES = {"cuda": (1, 16, 256), "cpu": (1, 16)}  # 256 prompts take a CPU minutes and tell nothing new
 LENGTH = {"cuda": 128, "cpu": 32}  # tokens of a prompt
-SECONDS = 1.0  # for one figure
+SECONDS = {"cuda": 0.3, "cpu": 1.0}  # for one figure
 RUNS = 20  # at most, for one figure
 DENSE, PROMPTS, DECODING = "dense", "prompts", "decoding"
 NOTHING = {
@@ -39,8 +40,27 @@ Record = Mapping[str, Any]
 _Held = Callable[[Chain], AbstractContextManager[str | None]]  # yields another name for the form, or "" or None
 
 
+@dataclass(slots=True)
+class DenseFigures:
+    """What the dense model takes and how fast it is here: measured once for all that is held against it.
+
+    Attributes:
+        memory: Bytes of its weights; 0 before it was measured.
+        speeds: Tokens a second by work and batch.
+        notes: What went out of the ordinary.
+    """
+
+    memory: int = 0
+    speeds: dict[tuple[str, int], float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 def deploy_card(
-    dense: Chain, final: Chain, exports: Sequence[Record], progress: Callable[[int, int], None]
+    dense: Chain,
+    final: Chain,
+    exports: Sequence[Record],
+    progress: Callable[[int, int], None],
+    known: DenseFigures | None = None,
 ) -> dict[str, Any]:
     """Measure the dense and the compressed model, one after the other on the same prompts.
 
@@ -49,32 +69,38 @@ def deploy_card(
         final: The model as the run leaves it.
         exports: As the report has them, for the bytes.
         progress: Called with (figures done, figures in all).
+        known: Figures of the dense model on this device, used if they are there and filled in if not.
     Returns:
         `bytes`, `memory`, `speed` (one row for each form and batch) and `notes`, plain sentences.
     """
     view, kind = final.view, final.view.device.type
     notes = [f"Speed: whole forwards of {LENGTH[kind]} tokens a prompt on {_device(view.device)}, no serving engine."]
-    forms: list[tuple[str, Chain, _Held]] = [(DENSE, dense, _as_it_is), ("zeros in place", final, _as_it_is)]
+    forms: list[tuple[str, _Held]] = [("zeros in place", _as_it_is)]
     if kind == "cuda":
         notes.append(f"Decoding: {STEPS} tokens behind such a prompt, one after another.")
-        forms += [("torch semi-structured", final, _semi_structured), ("packed", final, packed_in_place)]
+        forms += [("torch semi-structured", _semi_structured), ("packed", packed_in_place)]  # the last unloads weights
     else:
         notes.append("torch's semi-structured tensors need CUDA, so they were not tried.")
         notes.append("sparsekit's kernel for packed integers needs CUDA, so it was not tried.")
-    found = _Figures(len(forms) * len(BATCHES[kind]), progress)
-    for name, chain, held in forms:
+    own = known or DenseFigures()
+    if own.memory:
+        notes.append("The dense model was measured once for all arms.")
+    found = _Figures(own, (len(forms) + (not own.memory)) * len(BATCHES[kind]), progress)
+    original: list[tuple[str, _Held]] = [] if own.memory else [(DENSE, _as_it_is)]
+    for chain, tried in ((dense, original), (final, forms)):
+        if not tried:
+            continue
         with chain.forward() as forward:
             if any(parameter.is_meta for parameter in view.module.parameters()):
                 notes.append("The model does not fit the device, so its blocks were streamed; no speed is given.")
                 break
-            with held(chain) as told:
-                if told is None:
-                    notes.append(NOTHING[name])
-                    continue
-                form = told or name
-                found.memory[form] = bytes_of(view.module) if name == "packed" else _resident(view.module)
-                found.measure(form, chain, forward, decoding=kind == "cuda" and name in (DENSE, "packed"))
-    notes += found.notes
+            for name, held in tried:
+                with held(chain) as told:
+                    if told is None:
+                        notes.append(NOTHING[name])
+                    else:
+                        found.measure(told or name, chain, forward, name)
+    notes += [*own.notes, *found.notes]
     files = {export["format"]: export["bytes"]["files"] for export in exports}
     told_notes = [*notes, *verdicts(found.rows, found.memory, exports)]
     return {"bytes": files, "memory": found.memory, "speed": found.rows, "notes": told_notes}
@@ -83,31 +109,37 @@ def deploy_card(
 class _Figures:
     """What is measured, form by form; the dense one comes first and is what the others are held against."""
 
-    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
-        self.memory: dict[str, int] = {}
+    def __init__(self, dense: DenseFigures, total: int, progress: Callable[[int, int], None]) -> None:
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self._dense: dict[tuple[str, int], float] = {}
+        self.memory: dict[str, int] = {DENSE: dense.memory} if dense.memory else {}
+        self._dense = dense
         self._done, self._total, self._progress = 0, total, progress
 
-    def measure(self, form: str, chain: Chain, forward: Callable[[Tensor], Tensor], *, decoding: bool) -> None:
-        """Measure one form at every batch."""
-        kind = chain.view.device.type
+    def measure(self, form: str, chain: Chain, forward: Callable[[Tensor], Tensor], name: str) -> None:
+        """Measure one form at every batch; `name` is what it is a form of."""
+        view = chain.view
+        kind = view.device.type
+        size = bytes_of(view.module) if name == "packed" else _resident(view.module)
+        self.memory[form] = size
         for batch in BATCHES[kind]:
-            self._add(form, PROMPTS, batch, _tokens_per_second(forward, batch, chain.view))
-            if decoding:
+            self._add(form, PROMPTS, batch, _tokens_per_second(forward, batch, view))
+            if kind == "cuda" and name in (DENSE, "packed"):
                 speed, eager = tokens_per_second(chain, batch, LENGTH[kind])
                 self._add(form, DECODING, batch, speed)
                 if eager and batch == 1:
-                    self.notes.append(f"{form}: decoded operation by operation, {eager}.")
+                    said = self._dense.notes if form == DENSE else self.notes
+                    said.append(f"{form}: decoded operation by operation, {eager}.")
             self._done += 1
             self._progress(self._done, self._total)
+        if form == DENSE:
+            self._dense.memory = size  # the last thing: figures with a memory are whole
 
     def _add(self, form: str, work: str, batch: int, speed: float) -> None:
         if form == DENSE:
-            self._dense[work, batch] = speed
+            self._dense.speeds[work, batch] = speed
         else:
-            self.rows.append(figure(form, batch, self._dense[work, batch], speed, work))
+            self.rows.append(figure(form, batch, self._dense.speeds[work, batch], speed, work))
 
 
 def verdicts(rows: Sequence[Record], memory: Mapping[str, int], exports: Sequence[Record]) -> Iterator[str]:
@@ -189,7 +221,7 @@ def _tokens_per_second(forward: Callable[[Tensor], Tensor], batch: int, view: An
             torch.cuda.synchronize(view.device)
         if run:
             best = min(best, time.perf_counter() - start)
-        if run and time.perf_counter() - begun > SECONDS:
+        if run and time.perf_counter() - begun > SECONDS[kind]:
             break
     return tokens.numel() / best
 
