@@ -246,3 +246,39 @@ def true_bytes() -> str:
         ratios = f"{row['ratio_fp32']:.2f} | {row['ratio_fp16']:.2f}"
         lines.append(f"| {row['model']} | {row['format']} | {counted} | {ratios} | {bits} |")
     return "\n".join(lines) + "\n"
+
+
+ABLATION = {  # arm of recipes/ast: what it is
+    "fixed-ce": "the first mask for good, cross-entropy alone (naive training)",
+    "adaptive-ce": "AST without distillation",
+    "fixed-kd": "the first mask for good, distillation",
+    "static": "AST, decay at its plateau from the first step (static SR-STE)",
+    "adaptive": "AST",
+    "slorb-16-sum": "AST + SLoRB, k = 16, X a sum",
+    "slorb-16": "AST + SLoRB, k = 16, X trained",
+}
+DEFAULTS = "b32 grad kl1 T1 lr2e-3"  # the arm of ast_settings_h100.json with the settings that are the defaults now
+
+
+def ast_ablation() -> str:
+    """What each part of AST is worth, as in the paper's Table 4."""
+    folder = ROOT / "docs/benchmarks"
+    found, settings = (json.loads((folder / f"ast_{name}_h100.json").read_text()) for name in ("ablation", "settings"))
+    dense = found["dense"]["valid"]["perplexity"]
+    arms = [(arm["arm"], arm["score"]["perplexity"], arm["metrics"]) for arm in found["arms"] if "failed" not in arm]
+    arms += [("adaptive", arm["valid"], arm["metrics"]) for arm in settings["arms"] if arm["name"] == DEFAULTS]
+    arms = [arm for arm in arms if arm[0] in ABLATION]
+    arms.sort(key=lambda arm: (arm[2]["tokens"] > 3e7, list(ABLATION).index(arm[0])))
+    lines = [
+        "| | tokens | pattern | parameters beside it | valid | to dense | flipped |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines.append(f"| dense | | | | {dense:.3f} | | |")
+    for name, score, metrics in arms:
+        count = metrics.get("branch_parameters")
+        beside = f"{count:,} ({metrics['branch_share']:.2%} of the linears)" if count else ""
+        lines.append(
+            f"| {ABLATION[name]} | {metrics['tokens'] / 1e6:.1f} M | {'2:4+LR' if count else '2:4'} | {beside} "
+            f"| {score:.3f} | {score - dense:+.3f} | {metrics['initial_flip_rate']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
