@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsekit import stats
 from sparsekit.errors import NumericsError
-from sparsekit.stats import DAMP_LADDER, Gram, InputNorm
+from sparsekit.stats import DAMP_LADDER, Gram, InputNorm, mirror_
+from sparsekit.sweep.root import root_in_place
 
 CPU = torch.device("cpu")
 
@@ -124,3 +126,39 @@ def test_hopeless_matrix_is_an_error():
     gram.sum.sub_(100 * gram.sum.diagonal().mean() * torch.eye(24))
     with pytest.raises(NumericsError, match="not positive definite even with damping"):
         gram.inverse_factor(0.01)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("count", [200, 10])
+def test_the_root_in_place_has_the_bits_of_the_other(ordered, count):
+    x = tokens(count)
+    x[:, 3] = 0
+    gram = collected(Gram, x)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1)) if ordered else None
+    before = gram.sum.clone()
+    for damp in (0.01, 0.0):  # 10 tokens need a rung of the ladder then
+        expected, used = gram.root(damp, order)
+        root, found = root_in_place(gram.sum, gram.tokens, gram.ladder, damp, order)
+        assert torch.equal(root, expected.matrix)
+        assert found == used
+        assert (used > damp) == (damp == 0.0 and (count < 24))
+    assert torch.equal(gram.sum, before)
+
+
+def test_the_root_in_place_refuses_what_the_other_refuses():
+    gram = collected(Gram, tokens())
+    with pytest.raises(NumericsError, match="no calibration token"):
+        root_in_place(gram.sum, 0, gram.ladder, 0.01, None)
+    with pytest.raises(NumericsError, match=r"not positive definite even with damping 0\.01"):
+        root_in_place(-gram.sum, gram.tokens, DAMP_LADDER[:1], 0.01, None)
+    gram.update(torch.full((1, 24), torch.inf))
+    with pytest.raises(NumericsError, match="not finite"):
+        root_in_place(gram.sum, gram.tokens, gram.ladder, 0.01, None)
+
+
+def test_mirror(monkeypatch):
+    monkeypatch.setattr(stats, "PANEL", 7)
+    matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0))
+    found = matrix.clone()
+    mirror_(found)
+    assert torch.equal(found, matrix.triu() + matrix.triu(1).t())

@@ -21,12 +21,12 @@ from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.kernels.oneshot import WIDE
 from sparsekit.models.shapes import BlockSizes, ModelSizes
-from sparsekit.stats import CORE_TOKENS, PRODUCT_BYTES, Gram, InputNorm
+from sparsekit.stats import CORE_TOKENS, PANEL, PRODUCT_BYTES, Gram, InputNorm
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
 # Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
-# float64, the float32 result. CUDA takes the root: the matrix, its rows and its columns in sweep order.
-FACTOR = {"cpu": 40, "cuda": 28}
+# float64, the float32 result. CUDA takes the root: the matrix in sweep order, and in float64 the factor over it.
+FACTOR = {"cpu": 40, "cuda": 12}
 FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
@@ -214,8 +214,13 @@ def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] 
         own = Part("factors", "Σ 4n²", kept)
         each = SWEEP.get(method, SCORE)
         found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
-        matrix = (12 if model.cuda else 4) * n * n if kind is Gram else 0  # CUDA: H, and both parts of it
-        error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
+        # CUDA: some columns of H, both parts of them and a product
+        matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind is Gram else 0
+        error = Part(
+            "error of one linear",
+            f"{VERIFY}N + a Gram matrix",
+            VERIFY * size + matrix,
+        )
         found.append(("verifying", [own, error]))
     return found
 

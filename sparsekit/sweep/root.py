@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsekit.errors import NumericsError
+
 
 class Root:
     """The upper root G of a damped Gram matrix, H = G Gᵀ.
@@ -36,3 +38,52 @@ class Root:
                 found |= zip(starts, inverse.mT.contiguous().mT, strict=True)
             self._inverses[key] = found
         return self._inverses[key]
+
+
+def root_in_place(
+    total: Tensor, tokens: int, ladder: Sequence[int], damp: float, order: Tensor | None
+) -> tuple[Tensor, float]:
+    """Upper root of a damped Gram matrix with one matrix in float64, which the factor overwrites.
+
+    Args:
+        total: Σ x xᵀ, float32 [in, in]. Not modified.
+        tokens: How many it is of.
+        ladder: Multiples of the asked damping that may be used, in this order.
+        damp: Ridge as a fraction of the mean diagonal.
+        order: A permutation of the inputs, int64 [in].
+    Returns:
+        The root, float32 [in, in], and the damping that was needed.
+    Raises:
+        NumericsError: Activations are not finite, or no rung of the ladder factors.
+    """
+    if tokens == 0:
+        raise NumericsError("no calibration token reached this layer")
+    if not torch.isfinite(total.diagonal()).all():  # |H_ij|² is at most H_ii H_jj
+        raise NumericsError("calibration activations are not finite (inf or NaN in the Gram matrix)")
+    work = torch.empty(total.shape, dtype=torch.float64, device=total.device)
+    failed = torch.empty((), dtype=torch.int32, device=total.device)
+    for rung in ladder:
+        used = damp if rung == 1 else max(damp, 1e-4) * rung  # an undamped singular matrix needs a rung to climb
+        _reversed_into(work, total, tokens, used, order)
+        # LAPACK counts by columns: the upper factor of the transposed view lies in `work` as the lower one
+        torch.linalg.cholesky_ex(work.mT, upper=True, out=(work.mT, failed))
+        if int(failed) == 0:
+            narrow = work.float()
+            del work
+            return narrow.flip(0, 1), float(used)
+    raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+
+
+def _reversed_into(work: Tensor, total: Tensor, tokens: int, damp: float, order: Tensor | None) -> None:
+    """The damped matrix with its inputs from the last in `order` to the first, float64."""
+    dead = total.diagonal() == 0
+    if order is None:
+        turned = total.flip(0, 1)
+    else:
+        back = order.flip(0)
+        turned, dead = total[back.unsqueeze(1), back], dead[order]
+    work.copy_(turned.div_(tokens))
+    level = work.diagonal()
+    mean = level.mean()
+    level.masked_fill_(dead.flip(0), 1.0)
+    level += damp * mean

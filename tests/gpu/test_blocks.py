@@ -63,3 +63,22 @@ def test_a_stack_gives_what_each_linear_gives_alone(name):
         assert float(near.float().mean()) > 0.99
         own, other = (float(gram.energy(given.source - each.weight)) for each in (state, expected))
         assert own == pytest.approx(other, rel=1e-2)
+
+
+def test_root_and_energies_are_those_of_the_host():
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(9000, 3000, generator=generator, device=CUDA).bfloat16()
+    gram, host = Gram.empty(3000, CUDA), Gram.empty(3000, torch.device("cpu"))
+    gram.update(x)
+    host.sum, host.tokens = gram.sum.cpu(), gram.tokens
+    order = torch.randperm(3000, generator=generator, device=CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    root = gram.root(0.01, order)[0].matrix
+    peak = (torch.cuda.max_memory_allocated() - resting) / gram.sum.numel()
+    assert peak < 20, f"{peak} bytes an entry"  # the factor overwrites the matrix; cuSOLVER's workspace comes on top
+    expected = host.root(0.01, order.cpu())[0].matrix
+    assert torch.allclose(root.cpu(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    weights = [torch.randn(64, 3000, generator=generator, device=CUDA) / scale for scale in (1, 30)]
+    found = [float(value) for value in gram.energies(*weights)]
+    assert found == pytest.approx([float(host.energy(weight.cpu())) for weight in weights], rel=1e-3)
