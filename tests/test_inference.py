@@ -32,6 +32,7 @@ from sparsekit.inference.decoder import Decoder
 from sparsekit.inference.generate import Stats, context_of, stream
 from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.load import bytes_of, forms_of, products
+from sparsekit.inference.norms import single_kernel_norms
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
@@ -398,6 +399,13 @@ def test_every_family_goes_on_as_with_transformers(family, tmp_path):
     decoder = Decoder(model, 40)
     decoder.prefill(TOKENS)
     decoder.step()
+    logits = decoder.logits.clone()
+    decoder.prefill(TOKENS)
+    decoder._norms = norms = single_kernel_norms(model)  # as on CUDA
+    assert len(norms) == sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    decoder.step()
+    same(decoder.logits, logits)
+    assert not any("forward" in vars(module) for module, _ in norms)
     with Spy() as spy:
         decoder.step()
     asks = {name for name in spy.seen if re.search("_local_scalar|nonzero|unique|masked_select|lift_fresh", name)}
@@ -432,6 +440,39 @@ def test_torch_compile_sees_the_whole_step_as_one_graph(exports):
         decoder.step()
         found += decoder.read()()
     assert found == list(stream(model, TOKENS, max_tokens=9))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(exports):
+    model = sk.load(exports / "sparsekit-24", device="cpu")
+    decoder = Decoder(model, 40, fuse=True)
+
+    def refuse(**given):
+        raise RuntimeError("no compiler\nand more")
+
+    decoder._call = refuse
+    decoder.prefill(TOKENS)
+    found = decoder.read()()
+    decoder.capture()
+    assert decoder.unfused == "no compiler" and decoder.eager == "CUDA graphs need CUDA"
+    for _ in range(8):
+        decoder.step()
+        found += decoder.read()()
+    assert found == list(stream(model, TOKENS, max_tokens=9))
+
+
+class StrangeRMSNorm(nn.Module):
+    """Named like a norm, and is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x):
+        return self.weight * x / x.abs().mean(-1, keepdim=True)
+
+
+def test_a_norm_that_computes_something_else_is_left_alone():
+    assert single_kernel_norms(StrangeRMSNorm()) == []
 
 
 def test_drawing_follows_the_seed(exports):

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from sparsekit.inference.norms import replaced, single_kernel_norms
+
 WARM = 2  # steps before a capture: the first may compile kernels and allocate workspaces
 
 
@@ -25,6 +27,7 @@ class Decoder:
         token: int64 [batch, 1], what the next step reads.
         logits: float32 [batch, vocabulary] after the last token.
         eager: Why steps do not run as a CUDA graph; empty where they do, and before `capture`.
+        unfused: Why the step is not compiled although it should be; empty otherwise.
     """
 
     def __init__(self, model: PreTrainedModel, context: int, batch: int = 1, *, fuse: bool = False) -> None:
@@ -40,7 +43,8 @@ class Decoder:
         self.model = model
         self._call: Callable[..., Any] = torch.compile(model.forward, dynamic=False, fullgraph=True) if fuse else model
         self.device = model.device
-        self.eager = ""
+        self.eager = self.unfused = ""
+        self._norms = [] if fuse or self.device.type != "cuda" else single_kernel_norms(model)
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # the name before transformers 5.2x
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -93,7 +97,8 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self) -> None:
-        self._settle(self._forward(self.token, self._cache, self._mask))
+        with replaced(self._norms):
+            self._settle(self._forward(self.token, self._cache, self._mask))
         self._position.add_(1)
 
     def capture(self) -> None:
@@ -103,40 +108,51 @@ class Decoder:
         """
         if self._graph is not None or self.eager:
             return
+        if self._plain and self._call is not self.model and (why := self._tried(self._warm)):
+            self.unfused, self._call, self._norms = why, self.model, single_kernel_norms(self.model)
         if self.device.type != "cuda":
             self.eager = "CUDA graphs need CUDA"
         elif not self._plain:
             kinds = ", ".join({type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__})
             self.eager = f"layers of its cache count on the host ({kinds})"
-        else:
-            self._record()
+        elif why := self._tried(self._record):
+            self.eager = f"the step cannot be recorded: {why}"
+
+    def _tried(self, work: Callable[[], None]) -> str:
+        """Run steps and undo what they did; why they failed, or nothing."""
+        token, logits, position = self.token.clone(), self.logits.clone(), self._position.clone()
+        why = ""
+        try:
+            work()
+        except RuntimeError as error:  # of CUDA while it records, of torch.compile and of what it calls
+            why = str(error).strip().partition("\n")[0]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        self._rewind(token, position)
+        self.logits.copy_(logits)
+        return why
+
+    def _warm(self) -> None:
+        token, position = self.token.clone(), self._position.clone()
+        for _ in range(WARM):
+            self._step()
+            self._rewind(token, position)
 
     def _record(self) -> None:
-        token, logits, position = self.token.clone(), self.logits.clone(), self._position.clone()
-        length = int(position[0])
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(WARM):
-                    self._step()
-                    self._rewind(length, token, position)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self._graph = graph
-        except RuntimeError as error:
-            torch.cuda.synchronize(self.device)
-            self.eager = f"the step cannot be recorded: {str(error).partition(chr(10))[0]}"
-            self._call = self.model
-        self._rewind(length, token, position)
-        self.logits.copy_(logits)
+        with torch.cuda.stream(side):
+            self._warm()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
 
-    def _rewind(self, length: int, token: Tensor, position: Tensor) -> None:
+    def _rewind(self, token: Tensor, position: Tensor) -> None:
         """Forget what steps after the prompt wrote."""
-        for layer in self._cache.layers:
-            layer.cumulative_length.fill_(length)
+        for layer in self._cache.layers if self._plain else ():
+            layer.cumulative_length.copy_(position[0, 0])
         self.token.copy_(token)
         self._position.copy_(position)
 

@@ -30,6 +30,7 @@ class Stats:
         recording: Seconds it took to record the CUDA graph, which is in no other figure.
         decoding: Seconds from the first to the last token.
         eager: Why there is no CUDA graph; empty with one.
+        unfused: Why the step is not compiled although that was asked for; empty otherwise.
         model_bytes: Of the model's tensors.
         peak: Most bytes allocated on the device, None on a CPU.
         ended: `end of text`, `length` or `context`.
@@ -41,6 +42,7 @@ class Stats:
     recording: float = 0.0
     decoding: float = 0.0
     eager: str = ""
+    unfused: str = ""
     model_bytes: int = 0
     peak: int | None = None
     ended: str = ""
@@ -171,7 +173,7 @@ def _rest(decoder: Decoder, count: int, temperature: float, generator: torch.Gen
     begun = time.perf_counter()
     if count:
         decoder.capture()
-    told.eager = decoder.eager
+    told.eager, told.unfused = decoder.eager, decoder.unfused
     told.recording = time.perf_counter() - begun
     ahead = 1 if decoder.device.type == "cuda" else 0
     waiting: deque[Callable[[], list[int]]] = deque()

@@ -48,7 +48,7 @@ def stats_lines(stats: Stats, forms: dict[str, int]) -> Iterator[str]:
     yield f"first token after {1000 * stats.first:,.1f} ms{speed}"
     if stats.tokens > 1:
         how = f"no CUDA graph: {stats.eager}" if stats.eager else f"CUDA graph, recorded in {duration(stats.recording)}"
-        yield f"decoding: {how}"
+        yield f"decoding: {how}" + (f"; not compiled: {stats.unfused}" if stats.unfused else "")
     held = ", ".join(f"{count} packed weights of {form}" for form, count in forms.items()) or "no packed weights"
     peak = "" if stats.peak is None else f"; at most {megabytes(stats.peak)} allocated on the device"
     yield f"memory: {megabytes(stats.model_bytes)} for the model ({held}){peak}"
