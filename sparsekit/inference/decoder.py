@@ -48,11 +48,12 @@ class Decoder:
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # the name before transformers 5.2x
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._cache = static_cache(model, context)
-        self._plain = all(type(layer) is StaticLayer for layer in self._cache.layers)
+        self._length = torch.zeros(1, dtype=torch.long, device=self.device)  # tokens that the cache holds
+        self._position = self._length.expand(batch, 1)
+        self._cache = static_cache(model, context, self._length)
+        self._plain = all(type(layer) is StepLayer for layer in self._cache.layers)
         self._mask = torch.ones(batch, context, dtype=torch.long, device=self.device)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-        self._position = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.logits = torch.empty(batch, model.get_output_embeddings().weight.shape[0], device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -73,13 +74,12 @@ class Decoder:
                     layer.lazy_initialization(found.keys, found.values)
                 layer.keys[:, :, :length].copy_(found.keys)
                 layer.values[:, :, :length].copy_(found.values)
-                layer.cumulative_length.fill_(length)
                 found.keys = found.values = None  # two caches at once, but only of one layer
         else:
             self._cache.reset()
             logits = self._forward(tokens, self._cache)
         self._settle(logits)
-        self._position.fill_(length)
+        self._length.fill_(length)
 
     def _forward(self, tokens: Tensor, cache: DynamicCache | StaticCache, mask: Tensor | None = None) -> Tensor:
         """Logits of the last token, [batch, vocabulary]."""
@@ -99,7 +99,7 @@ class Decoder:
     def _step(self) -> None:
         with replaced(self._norms):
             self._settle(self._forward(self.token, self._cache, self._mask))
-        self._position.add_(1)
+        self._length.add_(1)
 
     def capture(self) -> None:
         """Record the step as a CUDA graph, once; where that is not possible `eager` says why.
@@ -113,14 +113,14 @@ class Decoder:
         if self.device.type != "cuda":
             self.eager = "CUDA graphs need CUDA"
         elif not self._plain:
-            kinds = ", ".join({type(layer).__name__ for layer in self._cache.layers} - {StaticLayer.__name__})
+            kinds = ", ".join({type(layer).__name__ for layer in self._cache.layers} - {StepLayer.__name__})
             self.eager = f"layers of its cache count on the host ({kinds})"
         elif why := self._tried(self._record):
             self.eager = f"the step cannot be recorded: {why}"
 
     def _tried(self, work: Callable[[], None]) -> str:
         """Run steps and undo what they did; why they failed, or nothing."""
-        token, logits, position = self.token.clone(), self.logits.clone(), self._position.clone()
+        token, logits, length = self.token.clone(), self.logits.clone(), self._length.clone()
         why = ""
         try:
             work()
@@ -128,15 +128,15 @@ class Decoder:
             why = str(error).strip().partition("\n")[0]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        self._rewind(token, position)
+        self._rewind(token, length)
         self.logits.copy_(logits)
         return why
 
     def _warm(self) -> None:
-        token, position = self.token.clone(), self._position.clone()
+        token, length = self.token.clone(), self._length.clone()
         for _ in range(WARM):
             self._step()
-            self._rewind(token, position)
+            self._rewind(token, length)
 
     def _record(self) -> None:
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -149,12 +149,10 @@ class Decoder:
             self._step()
         self._graph = graph
 
-    def _rewind(self, token: Tensor, position: Tensor) -> None:
-        """Forget what steps after the prompt wrote."""
-        for layer in self._cache.layers if self._plain else ():
-            layer.cumulative_length.copy_(position[0, 0])
+    def _rewind(self, token: Tensor, length: Tensor) -> None:
+        """Forget what steps after the prompt wrote: what lies behind the length is not looked at."""
         self.token.copy_(token)
-        self._position.copy_(position)
+        self._length.copy_(length)
 
     def step(self) -> None:
         """Read `token`; `logits` and `token` are then those after it."""
@@ -192,7 +190,27 @@ class Decoder:
         return wait
 
 
-def static_cache(model: PreTrainedModel, context: int) -> StaticCache:
+class StepLayer(StaticLayer):  # type: ignore[misc]  # transformers is not checked
+    """Keys and values of a layer, of full length, for steps of one token.
+
+    All layers hold as many tokens, so one counter serves them all; the decoder advances it behind a step. Were each
+    layer to count for itself, as `StaticLayer` does, three more kernels would be launched in each.
+    """
+
+    def __init__(self, context: int, length: Tensor) -> None:
+        """For `context` tokens, of which `length`, int64 [1], are there."""
+        super().__init__(max_cache_len=context)
+        self.place = length
+        self.cumulative_length = length[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token's keys and values behind those that are there; gives all."""
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+
+def static_cache(model: PreTrainedModel, context: int, length: Tensor) -> StaticCache:
     """A static cache of full length for every layer that attends.
 
     Layers with a sliding window get one too: transformers' own for them counts tokens on the host, which a CUDA
@@ -200,7 +218,7 @@ def static_cache(model: PreTrainedModel, context: int) -> StaticCache:
     """
     cache = StaticCache(config=model.config, max_cache_len=context)
     cache.layers = [
-        StaticLayer(max_cache_len=context) if type(layer) is StaticSlidingWindowLayer else layer
+        StepLayer(context, length) if type(layer) in (StaticLayer, StaticSlidingWindowLayer) else layer
         for layer in cache.layers
     ]
     return cache
