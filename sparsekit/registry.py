@@ -30,6 +30,7 @@ Kind = Literal["prune", "train", "quantize", "allocate"]
 Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[Mapping[str, Any]], tuple[str, str] | None]
+Integers = Callable[[Mapping[str, Any]], int | None]
 Rowwise = Callable[[Mapping[str, Any]], bool]
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
@@ -55,7 +56,8 @@ class Method:
         digest: sha256 of the file that defines it, part of every fingerprint.
         check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
         dense: The linears it is given carry their dense values, `LinearState.dense`.
-        integers: Of a trainer: whether its result is integers, given all parameters. None for never.
+        integers: Of a trainer: bits of the codes it leaves, given all parameters, None if it leaves floats.
+            No function for one that always does.
         rowwise: Whether, with these arguments, the result of a row depends on that row and the statistic
             alone: linears with one input may then be handed over as one. None is never.
     """
@@ -70,12 +72,17 @@ class Method:
     digest: str
     dense: bool = False
     check: Check | None = None
-    integers: Callable[[Mapping[str, Any]], bool] | None = None
+    integers: Integers | None = None
     rowwise: Rowwise | None = None
 
     def quantizes(self, values: Mapping[str, Any]) -> bool:
         """Whether its result is integers with these parameters; all of them, by name."""
-        return self.kind == "quantize" or (self.integers is not None and self.integers(values))
+        return self.kind == "quantize" or (self.integers is not None and self.integers(values) is not None)
+
+    def code_bits(self, values: Mapping[str, Any]) -> int | None:
+        """Bits of the codes it leaves, as far as parameters tell; None without integers."""
+        found: int | None = values.get("bits") if self.integers is None else self.integers(values)
+        return found if self.quantizes(values) else None
 
     @property
     def built_in(self) -> bool:
@@ -244,7 +251,7 @@ def model_method(
     *,
     kind: Kind,
     check: Check | None = None,
-    integers: Callable[[Mapping[str, Any]], bool] | None = None,
+    integers: Integers | None = None,
 ) -> Callable[[F], F]:
     """Register `f(job: TrainJob, /, *, params) -> Trained`, called once with the whole model.
 
@@ -252,7 +259,8 @@ def model_method(
         name: What a recipe writes after `method:`.
         kind: See `Method`.
         check: Given all parameters, what is wrong between them: (parameter, message), or None.
-        integers: Given all parameters, whether the result is integers; the step then counts as the quantizer.
+        integers: Given all parameters, the bits of the codes of the result, or None for floats; with bits the
+            step counts as the recipe's quantizer.
     """
     return _decorator(name, kind, "model", None, check=check, integers=integers)
 
@@ -273,7 +281,7 @@ def _decorator(
     stats: type[Statistic] | None,
     dense: bool = False,
     check: Check | None = None,
-    integers: Callable[[Mapping[str, Any]], bool] | None = None,
+    integers: Integers | None = None,
     rowwise: Rowwise | None = None,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:

@@ -71,9 +71,10 @@ def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _integers(values: Mapping[str, Any]) -> bool:
-    """Whether the result is integers."""
-    return values["bits"] is not None
+def _integers(values: Mapping[str, Any]) -> int | None:
+    """Bits of a code of the result; an odd grid's has one for the 0 of pruned weights."""
+    bits: int | None = values["bits"]
+    return None if bits is None else bits + (values["levels"] == "odd")
 
 
 @model_method("ast", kind="train", check=_wrong, integers=_integers)

@@ -26,7 +26,7 @@ def checkpoint_bytes(sizes: ModelSizes, planned: PlannedStep) -> int:
 def export_bytes(sizes: ModelSizes, plan: Plan, name: str) -> int:
     """Weight files of an export."""
     quantized = {layer for p in plan.steps if p.step.quantizes for layer in p.selected}
-    bits = next((p.arguments["bits"] for p in plan.steps if p.arguments.get("bits")), 16)
+    bits = next((p.step.code_bits for p in plan.steps if p.step.code_bits), 16)
     if FORMATS[name].storage is None:
         return sizes.numel * sizes.stored
     packed = sum(

@@ -61,7 +61,16 @@ class Step:
     @property
     def quantizes(self) -> bool:
         """Whether it leaves integers; nothing may write weights after it."""
-        return self.method.quantizes({name: getattr(self.params, name) for name in type(self.params).model_fields})
+        return self.method.quantizes(self._values)
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of the codes it leaves; None without integers."""
+        return self.method.code_bits(self._values)
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self.params, name) for name in type(self.params).model_fields}
 
     @property
     def plugins(self) -> list[dict[str, str]]:

@@ -297,3 +297,11 @@ def test_a_run_reports_evaluates_and_exports_the_integers(tmp_path, random_model
     assert report["steps"][0]["bits"] == [3]  # of a code: the zeros are codes too
     assert report["steps"][0]["training"]["bits_per_weight"] == 2 + 16 / 16
     assert [export["format"] for export in report["exports"]] == ["gptq", "sparsekit-24-compact"]
+
+
+def test_a_step_tells_the_bits_of_its_codes(tmp_path):
+    told = {"bits: 4": 4, "bits: 2, levels: odd": 3, "kl: 1.0": None}
+    for keys, bits in told.items():
+        (step,) = read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}")).steps
+        assert step.code_bits == bits
+        assert step.quantizes == (bits is not None)
