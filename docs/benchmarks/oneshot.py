@@ -10,12 +10,12 @@ gram   accumulating a Gram matrix of 11008 inputs, time and error against float6
 mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
 block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, beside the recursion and, with
        --sparsegpt DIR and --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes
-awq    the scale search of every group of that block
+awq    the scale search of every group of that block, beside that of llm-awq, restated
 base   where the time of a step on --model goes
 7b     a whole model of Llama-2-7B's shape from disk to packed integers on disk, in --work; --blocks, --samples and
        --length make it smaller, --shape takes another of load.py. Disk: 13 GB, 17 GB, 4 GB.
 
-Parts block and 7b also run on a CPU, as `--parts block,7b --small`.
+Parts block, awq and 7b also run on a CPU, as `--parts block,awq,7b --small`.
 
 Both sides run in one process on the same random weights and inputs, after a warm-up; figures are
 medians of CUDA-event times, with the spread.
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from device_time import Silent, profiled, timed
+from oneshot_awq import awq
 from oneshot_block import block
 from oneshot_model import model
 from torch import Tensor
@@ -49,14 +49,12 @@ from sparsekit.kernels.masks import nm_mask
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.recipe import read_recipe
-from sparsekit.registry import METHODS
 from sparsekit.run import run_recipe
-from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram
 from sparsekit.sweep.obs import BLOCK, sweep
 from sparsekit.sweep.recursion import Recursion
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PATTERN = Pattern(2, 4)
 SWEEPS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": PATTERN},
@@ -213,23 +211,6 @@ def mask() -> dict[str, Any]:
     return row
 
 
-def awq() -> dict[str, Any]:
-    """AWQ's search over 20 ratios and the clip search of each group."""
-    found: dict[str, Any] = {}
-    for name, (rows, columns) in GROUPS.items():
-        gram = Gram.empty(columns, CUDA)
-        gram.update(tokens(16384, columns))
-        generator = torch.Generator(CUDA).manual_seed(1)
-        weight = torch.randn(rows, columns, generator=generator, device=CUDA) / columns**0.5
-        group = Group({"w": LinearState("w", weight)}, tie=lambda free: free, untie=lambda values: values)
-        call = partial(METHODS.get("awq").function, group, gram)
-        found[name] = {"time": timed(call, 1, 1), "kernels": profiled(call)}
-        print(name, found[name]["time"])
-        for line in found[name]["kernels"]:
-            print("   ", line)
-    return found
-
-
 def base(model: Path, text: Path) -> dict[str, Any]:
     """A step on a real model: seconds, and which kernels and host functions take them."""
     found: dict[str, Any] = {}
@@ -287,7 +268,7 @@ def main() -> None:
         "gram": gram,
         "mask": mask,
         "block": lambda: block(given.sparsegpt, given.autogptq, given.small, given.theirs),
-        "awq": awq,
+        "awq": lambda: awq(tokens, given.small),
         "base": lambda: base(given.model, given.text),
         "7b": lambda: (
             model(given.work, "tiny", None, 4, 64, given.schedule)

@@ -14,7 +14,7 @@ from sparsekit.methods.rtn import Bits
 from sparsekit.quant import Grid, QuantizedWeight, resolve_group_size
 from sparsekit.registry import group_method
 from sparsekit.state import Group, LinearState
-from sparsekit.stats import Gram
+from sparsekit.stats import Gram, Quadratic
 
 CLIP_STEPS = 10  # ranges shrunk by 1 - i/20 for i < 10, llm-awq auto_clip.py
 CLIP_GRID = 20
@@ -135,25 +135,25 @@ def relative_weights(group: Group, form: Form) -> tuple[Tensor, Tensor]:
 def losses(group: Group, matrix: Tensor, candidates: Tensor, form: Form) -> Tensor:
     """Loss of each candidate scale summed over the group's linears, float64 [candidates]; nothing is synchronised."""
     total = torch.zeros(len(candidates), dtype=torch.float64, device=matrix.device)
+    energy = Quadratic(matrix)
     for state in group.linears.values():
         for rows in parts(state.weight):
             for index, scale in enumerate(candidates):
                 grouped = form.grouped(rows * scale)
-                total[index] += row_losses(grouped, form.span(grouped), matrix, scale).sum(dtype=torch.float64)
+                total[index] += row_losses(grouped, form.span(grouped), energy, scale).sum(dtype=torch.float64)
     return total
 
 
-def row_losses(grouped: Tensor, grids: Grid, matrix: Tensor, scale: Tensor) -> Tensor:
+def row_losses(grouped: Tensor, grids: Grid, energy: Quadratic, scale: Tensor) -> Tensor:
     """Mean squared error of each row's output, [out]: d H dᵀ with d = (w·s - Q(w·s)) / s.
 
     Args:
         grouped: The scaled weights w·s, [out, groups, size].
         grids: What rounds them, [out, groups].
-        matrix: H, the Gram matrix of the unscaled inputs, [in, in].
+        energy: d H dᵀ with H the Gram matrix of the unscaled inputs.
         scale: s, [in].
     """
-    change = (grouped - grids.round(grouped)).reshape(len(grouped), -1) / scale
-    return ((change @ matrix) * change).sum(1)
+    return energy((grouped - grids.round(grouped)).reshape(len(grouped), -1) / scale)
 
 
 def rounded(state: LinearState, matrix: Tensor, scale: Tensor, form: Form, *, clip: bool) -> LinearState:
@@ -162,13 +162,14 @@ def rounded(state: LinearState, matrix: Tensor, scale: Tensor, form: Form, *, cl
     part = scale.reshape(-1, form.size)  # [groups, size]
     blocks = matrix.reshape(*part.shape, *part.shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, size, size]
     blocks = blocks / (part.unsqueeze(2) * part.unsqueeze(1))  # Gram matrices of each group's scaled inputs
+    energy = Quadratic(matrix)
     codes, steps, zeros = [], [], []
     for rows in parts(weight):
         grouped = form.grouped(rows)
         grids = form.span(grouped)
         if clip:
             trial = clipped(grouped, blocks, form)
-            better = row_losses(grouped, trial, matrix, scale) < row_losses(grouped, grids, matrix, scale)
+            better = row_losses(grouped, trial, energy, scale) < row_losses(grouped, grids, energy, scale)
             grids = chosen(better.unsqueeze(1), trial, grids)
         codes.append(grids.encode(grouped).reshape(rows.shape).to(torch.uint8))
         steps.append(grids.scale)

@@ -11,7 +11,7 @@ from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.registry import METHODS
-from sparsekit.state import LinearState
+from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram
 
 pytestmark = pytest.mark.gpu
@@ -82,3 +82,21 @@ def test_root_and_energies_are_those_of_the_host():
     weights = [torch.randn(64, 3000, generator=generator, device=CUDA) / scale for scale in (1, 30)]
     found = [float(value) for value in gram.energies(*weights)]
     assert found == pytest.approx([float(host.energy(weight.cpu())) for weight in weights], rel=1e-3)
+
+
+def test_awq_chooses_what_it_chooses_on_the_host():
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(8192, 1024, generator=generator, device=CUDA)
+    x *= 1 + 20 * torch.rand(1024, generator=generator, device=CUDA) ** 8
+    gram, host = Gram.empty(1024, CUDA), Gram.empty(1024, torch.device("cpu"))
+    gram.update(x)
+    host.sum, host.tokens, host.absolute = gram.sum.cpu(), gram.tokens, gram.absolute.cpu()
+    weight = torch.randn(512, 1024, generator=generator, device=CUDA)
+    found, expected = (
+        METHODS.get("awq").function(Group({"w": LinearState("w", w)}, tie=lambda v: v, untie=lambda v: v), statistic)
+        for w, statistic in ((weight, gram), (weight.cpu(), host))
+    )
+    assert expected.input_scale is not None
+    assert torch.allclose(found.input_scale.cpu(), expected.input_scale, rtol=1e-3)
+    same = found.linears["w"].quantized.codes.cpu() == expected.linears["w"].quantized.codes
+    assert float(same.float().mean()) > 0.99
