@@ -30,6 +30,7 @@ TESTS = Path(__file__).parents[1]
 INDEX = {
     "T1 N:M in forward": [
         "methods/test_ast.py::test_every_matmul_sees_two_of_four",
+        "methods/test_ast_bits.py::test_every_matmul_sees_the_grid_from_its_step_on",
         "test_optim.py::test_the_model_computes_with_exactly_two_of_four",
         "test_optim.py::test_ties_keep_exactly_n",
     ],
@@ -40,6 +41,7 @@ INDEX = {
     ],
     "T3 straight through": [
         "test_optim.py::test_gradient_reaches_pruned_entries",
+        "methods/test_ast_bits.py::test_gradients_go_straight_through",
         "methods/test_ast_invariants.py::test_gradient_of_the_weight_is_that_of_the_masked_weight",
     ],
     "T4 decay": [
@@ -59,6 +61,7 @@ INDEX = {
     "T7 second moment": ["test_optim.py::test_step_on_noise_has_the_size_the_second_moment_gives"],
     "T8 refresh": [
         "methods/test_ast.py::test_masks_are_chosen_again_exactly_every_so_many_steps",
+        "methods/test_ast_bits.py::test_steps_stay_between_choices_of_the_mask",
         "methods/test_ast_memory.py::test_both_passes_of_a_recomputed_block_see_the_same_masks",
         "methods/test_ast_ranks.py::test_all_ranks_compute_with_the_same_masks_at_every_step",
         "methods/test_ast_invariants.py::test_masks_change_between_steps_only",
@@ -87,6 +90,7 @@ INDEX = {
     ],
     "T12 resume": [
         "methods/test_ast.py::test_killed_training_continues_to_the_same_bits",
+        "methods/test_ast_bits.py::test_killed_training_continues_to_the_same_bits",
         "methods/test_ast_ranks.py::test_a_run_of_two_ranks_goes_on_alone",
         "methods/test_ast_invariants.py::test_a_resumed_run_has_the_same_state_in_every_tensor",
         "methods/test_ast_invariants.py::test_a_stale_mask_is_restored_and_not_chosen_again",
@@ -96,6 +100,7 @@ INDEX = {
     ],
     "T13 export": [
         "methods/test_ast.py::test_result_is_what_the_student_computes",
+        "methods/test_ast_bits.py::test_the_integers_are_what_the_student_computes_with",
         "methods/test_ast_invariants.py::test_scope_on_a_llama_2_7b",
         "test_export.py::test_dense_export_computes_the_same_logits",
         "test_run.py::test_exports_load_and_hold_the_evaluated_weights",
