@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from sparsekit.inference.norms import replaced, single_kernel_norms
+from sparsekit.inference.norms import Norm, replaced, single_kernel_norms
 
-WARM = 2  # steps before a capture: the first may compile kernels and allocate workspaces
+WARM = 2  # steps before a capture: the first may compile kernels and allocate workspaces, the last must not wait
 
 
 class Decoder:
@@ -44,7 +45,7 @@ class Decoder:
         self._call: Callable[..., Any] = torch.compile(model.forward, dynamic=False, fullgraph=True) if fuse else model
         self.device = model.device
         self.eager = self.unfused = ""
-        self._norms = [] if fuse or self.device.type != "cuda" else single_kernel_norms(model)
+        self._norms = [] if fuse else self._single_norms()
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # the name before transformers 5.2x
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -81,6 +82,9 @@ class Decoder:
         self._settle(logits)
         self._length.fill_(length)
 
+    def _single_norms(self) -> list[Norm]:
+        return single_kernel_norms(self.model) if self.device.type == "cuda" else []
+
     def _forward(self, tokens: Tensor, cache: DynamicCache | StaticCache, mask: Tensor | None = None) -> Tensor:
         """Logits of the last token, [batch, vocabulary]."""
         places, call = (None, self.model) if mask is None else (self._position, self._call)
@@ -108,8 +112,10 @@ class Decoder:
         """
         if self._graph is not None or self.eager:
             return
-        if self._plain and self._call is not self.model and (why := self._tried(self._warm)):
-            self.unfused, self._call, self._norms = why, self.model, single_kernel_norms(self.model)
+        if self._call is not self.model:
+            self.unfused = self._tried(self._warm) if self._plain else "layers of its cache count on the host"
+            if self.unfused:
+                self._call, self._norms = self.model, self._single_norms()
         if self.device.type != "cuda":
             self.eager = "CUDA graphs need CUDA"
         elif not self._plain:
@@ -134,20 +140,25 @@ class Decoder:
 
     def _warm(self) -> None:
         token, length = self.token.clone(), self._length.clone()
-        for _ in range(WARM):
-            self._step()
+        for left in reversed(range(WARM)):
+            with _unasking(self.device.type == "cuda" and left == 0):
+                self._step()
             self._rewind(token, length)
 
     def _record(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._warm()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        self._graph = graph
+        side.wait_stream(stream)
+        try:
+            with torch.cuda.stream(side):
+                self._warm()
+            stream.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self._graph = graph
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
 
     def _rewind(self, token: Tensor, length: Tensor) -> None:
         """Forget what steps after the prompt wrote: what lies behind the length is not looked at."""
@@ -188,6 +199,19 @@ class Decoder:
             return tokens
 
         return wait
+
+
+@contextmanager
+def _unasking(wanted: bool) -> Iterator[None]:
+    """Make an error of whatever waits for the device: a step that does cannot be recorded, and trying breaks things."""
+    before = torch.cuda.get_sync_debug_mode() if wanted else 0
+    if wanted:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 class StepLayer(StaticLayer):  # type: ignore[misc]  # transformers is not checked
