@@ -19,7 +19,7 @@ from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
 from sparsekit.evaluation.deploy import DenseFigures
 from sparsekit.models.locate import locate
-from sparsekit.planning.plan import model_digest
+from sparsekit.planning.fingerprint import model_digest
 from sparsekit.recipe import Recipe, refuse_code
 from sparsekit.recipe.variants import Arms, read_arms
 from sparsekit.reporting.comparison import comparison_of

@@ -44,6 +44,7 @@ from sparsekit.reporting.report import write_report
 from sparsekit.shortage import named
 from sparsekit.training.driver import Training
 from sparsekit.training.ranks import Place, launch
+from sparsekit.training.teacher import open_teacher
 from sparsekit.training.world import ALONE, World
 
 KEPT_TOKENS = 2**26  # of a text that stays in memory between its uses; a longer one is read from its file again
@@ -116,18 +117,27 @@ class Run:
         return run
 
     def _check(self) -> None:
-        """Find what would fail at the end of a run before its start: texts, tasks and places."""
+        """Find what would fail at the end of a run before its start: texts, tasks, teachers and places."""
         self.scoring.texts()
         self.scoring.check_tasks()
+        self._check_teachers()
         for name in self.recipe.export.formats:
             check_place((self.recipe.export_directory() / name).absolute(), self.view.path)
+
+    def _check_teachers(self) -> None:
+        """Refuse a teacher that speaks another language."""
+        for index, step in enumerate(self.recipe.steps):
+            if step.teacher is not None:
+                open_teacher(self.recipe, index, self.view, self.tokenizer, empty=True)
 
     def arm(self, recipe: Recipe) -> Self:
         """Another recipe for the same model, which shares what this run keeps."""
         plan = plan_for(recipe, self.view)
         directory = recipe.output_directory()
         shared = self.shared, self.twin
-        return type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, *shared, cut=self.cut)
+        arm = type(self)(recipe, self.listener, directory, self.view, plan, self.tokenizer, *shared, cut=self.cut)
+        arm._check_teachers()
+        return arm
 
     @classmethod
     def rank(cls, recipe: Recipe, listener: Listener, shared: Path, digest: str) -> Self:
@@ -304,6 +314,9 @@ class Run:
     def train(self, planned: PlannedStep, chain: Chain, store: StepStore, world: World = ALONE) -> dict[str, Any]:
         """Do a training step, alone or as one of several processes."""
         tokens, valid = self.training_texts(planned)
+        taught_by = None
+        if planned.step.teacher is not None:
+            taught_by = open_teacher(self.recipe, planned.index, self.view, self.tokenizer)
         return Training(
             view=self.view,
             method=planned.step.method,
@@ -318,6 +331,7 @@ class Run:
             progress=self.listener.progress,
             noted=self.listener.noted,
             world=world,
+            taught_by=taught_by,
         ).run()
 
     def measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

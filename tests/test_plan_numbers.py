@@ -20,7 +20,8 @@ from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
-from sparsekit.planning.estimate import Estimator, kinds_of
+from sparsekit.planning.estimate import Estimator
+from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
 from sparsekit.planning.microbench import Bench, _extrapolated
 from sparsekit.planning.training_memory import branch_parameters, training_moments

@@ -74,6 +74,11 @@ class ModelSizes:
         """The largest block."""
         return max(self.blocks, key=lambda block: block.numel)
 
+    @property
+    def blocks_alike(self) -> float:
+        """How many blocks as large as the largest the model amounts to."""
+        return sum(block.numel for block in self.blocks) / self.largest.numel
+
     def micro_batch(self, samples: int, seq_len: int) -> int:
         """Calibration tokens of one forward."""
         tokens = MICRO_BATCH_TOKENS["cuda" if self.cuda else "cpu"]

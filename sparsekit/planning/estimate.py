@@ -10,18 +10,21 @@ from typing import Any
 import torch
 
 from sparsekit.blockwise.activations import DEVICE_SHARE, WAITING_SHARE, free_memory, waiting_bytes
+from sparsekit.data import load_tokenizer
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
 from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_bytes
+from sparsekit.planning.fates import layers
+from sparsekit.planning.fingerprint import NOT_READ
 from sparsekit.planning.microbench import Bench, Files
 from sparsekit.planning.peak import resident_now
 from sparsekit.planning.plan import Plan, PlannedStep, make_plan
 from sparsekit.recipe import Recipe, TextEntry
-from sparsekit.reporting.charts import place
 from sparsekit.text import locate_text
+from sparsekit.training.teacher import open_teacher
 
 BYTES_A_TOKEN = 4  # of English text, roughly; only where a recipe does not say how many windows
 UNPACKED = 3.5  # times an .xz text is larger unpacked
@@ -80,7 +83,7 @@ class Estimator:
             for path in entry.paths:
                 if not path.startswith("hub:"):
                     locate_text(path, recipe.resolve)
-        plan = make_plan(recipe, view, {}, digest="not read")
+        plan = make_plan(recipe, view, {}, digest=NOT_READ)
         sizes = sizes_of(view)
         return cls(recipe, view, plan, sizes, Bench(view, sizes), process, opening=opening)
 
@@ -102,7 +105,7 @@ class Estimator:
         return {
             "name": self.recipe.name,
             "device": self.view.device.type,
-            "layers": list(self._layers()),
+            "layers": list(layers(self.sizes, self.plan)),
             "coverage": {"share": coverage.share, "total": coverage.total, "unreachable": dict(coverage.unreachable)},
             "steps": steps,
             "scoring": scoring,
@@ -114,13 +117,6 @@ class Estimator:
             "seconds": seconds,
             "notes": [*self.plan.notes, *self.notes, *self.bench.notes, *self._warnings(everything)],
         }
-
-    def _layers(self) -> Iterator[dict[str, Any]]:
-        """What becomes of every linear inside the blocks."""
-        for block in self.sizes.blocks:
-            for name, shape in block.linears.items():
-                done = [_deed(planned) for planned in self.plan.steps if name in planned.selected]
-                yield {"name": name, "shape": list(shape), "steps": done}
 
     def _startup(self) -> float:
         """Seconds a process pays once: the model is opened, with its dense twin if that is asked for, and
@@ -185,7 +181,7 @@ class Estimator:
             forward = self.forward_seconds(windows, seq_len)
             looks = windows * seq_len * forward  # one forward shows which linears share an input
             passes = tokens * (forward * (1 + rounds) + updates) + looks
-        return *self._split(memory.peak(moments), host), self._blocks() * (solving + passes)
+        return *self._split(memory.peak(moments), host), self.sizes.blocks_alike * (solving + passes)
 
     def _train(self, planned: PlannedStep, head: float) -> tuple[memory.Moment, memory.Moment, float]:
         """Memory and time of a training step."""
@@ -197,17 +193,18 @@ class Estimator:
             return *self._split(nothing, nothing), 0.0
         ranks = planned.step.gpus
         micro = given["micro_batch"] or training.train_micro_batch(self.sizes, given["batch"] // ranks, seq_len)
-        moments = training.training_moments(self.sizes, given, seq_len, micro, ranks=ranks)
+        taught = self._teacher(planned)
+        moments = training.training_moments(self.sizes, given, seq_len, micro, ranks=ranks, teacher=taught.sizes)
         host = training.host_of_training(self.sizes, self.process)
         both = self.bench.forward_seconds(micro, seq_len, backward=True)
-        # the teacher, and recomputation
-        again = self.forward_seconds(micro, seq_len) * (2 if given["checkpointing"] else 1)
+        again = self.forward_seconds(micro, seq_len) if given["checkpointing"] else 0.0
+        teaching = taught.sizes.blocks_alike * taught.forward_seconds(micro, seq_len)
         if given["tokens"] is None:
             return *self._split(memory.peak(moments), host), 60.0 * given["budget"].minutes
         steps = given["tokens"] / (given["batch"] * seq_len)
         rate = self.bench.bytes_per_second()
         losses = self.sizes.vocabulary * LOSS_TRAFFIC[self.view.device.type] / rate
-        a_token = self._blocks() * (both + again) + FORWARDS_OF_HEAD * head + losses
+        a_token = self.sizes.blocks_alike * (both + again) + teaching + FORWARDS_OF_HEAD * head + losses
         seconds = given["tokens"] * a_token + steps * self.sizes.numel * STEP_TRAFFIC[self.view.device.type] / rate
         if ranks > 1:
             told = f"memory is that of each of {ranks} processes; what they send one another is not in the time"
@@ -218,9 +215,13 @@ class Estimator:
             self.notes.append(f"{planned.title}: {told}")
         return *self._split(memory.peak(moments), host), seconds
 
-    def _blocks(self) -> float:
-        """How many blocks as large as the largest the model amounts to."""
-        return sum(block.numel for block in self.sizes.blocks) / self.sizes.largest.numel
+    def _teacher(self, planned: PlannedStep) -> Bench:
+        """Sizes and times of the model a step learns from: the dense original, or the one it names."""
+        if planned.step.teacher is None:
+            return self.bench
+        tokenizer = load_tokenizer(self.view.path, trust_remote_code=self.recipe.model.trust_remote_code)
+        view = open_teacher(self.recipe, planned.index, self.view, tokenizer, empty=True)
+        return Bench(view, sizes_of(view), deadline=self.bench.deadline)
 
     def _split(self, device: memory.Moment, host: memory.Moment) -> tuple[memory.Moment, memory.Moment]:
         """On a CPU the device's memory is the process's own."""
@@ -249,7 +250,7 @@ class Estimator:
         for name, entry in entries.items():
             models = 2 if name in wanted.agreeing else 1
             batch = max(1, min(self._windows(entry), EVALUATION_TOKENS[self.view.device.type] // entry.seq_len))
-            a_token = self._blocks() * self.forward_seconds(batch, entry.seq_len) + head
+            a_token = self.sizes.blocks_alike * self.forward_seconds(batch, entry.seq_len) + head
             compared = self.bench.comparing_seconds(entry.seq_len, dense=models == 2)
             seconds += self._windows(entry) * entry.seq_len * (a_token * models + compared)
         if wanted.lm_eval.tasks:
@@ -278,21 +279,3 @@ class Estimator:
                 needed = part["device"]["bytes"]
                 if needed > free:
                     yield f"{part['title']} needs {needed / 1e9:.1f} GB on the device, {free / 1e9:.1f} GB are free"
-
-
-def _deed(planned: PlannedStep) -> str:
-    """`wanda 2:4`, `gptq 4 bits`."""
-    method, given = planned.step.method, planned.arguments
-    what = [str(given["pattern"])] if "pattern" in given else []
-    what += [f"{given['bits']} bits"] if given.get("bits") else []
-    return " ".join([method.name, *what])
-
-
-def kinds_of(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Layers of one kind, shape and fate together, with how many there are."""
-    found: dict[tuple[str, tuple[int, ...], tuple[str, ...]], int] = {}
-    for layer in layers:
-        at = place(layer["name"])
-        key = (at[0] if at else layer["name"], tuple(layer["shape"]), tuple(layer["steps"]))
-        found[key] = found.get(key, 0) + 1
-    return [{"kind": key[0], "shape": key[1], "steps": key[2], "count": count} for key, count in found.items()]

@@ -6,29 +6,20 @@ fails in its first second and not in its second hour.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsekit import __version__
 from sparsekit.errors import CoverageError, RecipeError, nearest
 from sparsekit.evaluation.measures import code_of
 from sparsekit.formats import FORMATS
-from sparsekit.kept import sha256_file
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
+from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
 from sparsekit.recipe import Recipe, Step
 from sparsekit.shelf import Named, foreign_code
-
-FULL_DIGEST_BYTES = 8 * 2**30  # weight files beyond this are told apart by header, size and date
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +119,7 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     linears = {name: module for index in range(len(view.blocks)) for name, module in view.linears(index).items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     digest = model_digest(view.path) if digest is None else digest
-    upstream = _digest([digest, str(view.dtype), str(view.compute_dtype), view.device.type, recipe.numerics.max_rung])
+    upstream = digest_of([digest, str(view.dtype), str(view.compute_dtype), view.device.type, recipe.numerics.max_rung])
     steps: list[PlannedStep] = []
     patterns: dict[str, Pattern] = {}
     for index, step in enumerate(recipe.steps):
@@ -138,7 +129,8 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
         pattern: Pattern | None = getattr(step.params, pattern_key) if pattern_key else None
         if pattern is not None and pattern.sparsity:  # else what a step before has pruned stays so
             patterns = {**patterns, **dict.fromkeys(selected, pattern)}
-        upstream = step_fingerprint(_digest([upstream, texts.get(reads(step))]), step, selected, recipe.seed)
+        read = [upstream, texts.get(reads(step)), *teacher_digests(recipe, index, step, digest)]
+        upstream = step_fingerprint(digest_of(read), step, selected, recipe.seed)
         steps.append(PlannedStep(index, step, frozenset(selected), patterns, upstream))
     coverage = _coverage(view, steps)
     if coverage.share < recipe.coverage:
@@ -162,59 +154,6 @@ def reads(step: Step) -> str:
     if step.method.scope == "model":
         return "train"
     return "calibration" if step.calibrated else ""
-
-
-def step_fingerprint(upstream: str, step: Step, selected: Sequence[str], seed: int) -> str:
-    """Digest of everything a step's result depends on."""
-    return _digest(
-        [
-            upstream,
-            step.method.name,
-            step.method.digest,
-            step.params.model_dump(mode="json"),
-            step.allocate and [step.allocate.as_dict(), step.allocate.method.digest],
-            sorted(selected),
-            step.schedule,
-            seed,
-            __version__,
-            package_digest(),
-            torch.__version__,
-        ]
-    )
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def package_digest() -> str:
-    """Digest of sparsekit's own source: another version of the code is another result."""
-    root = Path(__file__).parents[1]
-    sources = sorted([*root.rglob("*.py"), *root.rglob("*.cu")])
-    return _digest([(str(path.relative_to(root)), sha256_file(path)) for path in sources])
-
-
-def model_digest(directory: Path) -> str:
-    """Digest of a model directory's configuration and weights."""
-    entries: list[Any] = []
-    for path in sorted(directory.glob("*")):
-        if path.suffix not in {".json", ".safetensors"}:
-            continue
-        stat = path.stat()
-        if stat.st_size <= FULL_DIGEST_BYTES:
-            entries.append([path.name, _file_digest(path, stat.st_size, stat.st_mtime_ns)])
-        else:
-            with open(path, "rb") as file:
-                header = hashlib.sha256(file.read(2**20)).hexdigest()
-            entries.append([path.name, header, stat.st_size, stat.st_mtime_ns])
-    return _digest(entries)
-
-
-@lru_cache(maxsize=1024)
-def _file_digest(path: Path, size: int, modified: int) -> str:
-    """Digest of a file that is asked for often: the arms of a comparison share their model."""
-    return sha256_file(path)
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -120,7 +120,7 @@ def training_moments(
         seq_len: Tokens of a window.
         micro_batch: Windows of a forward.
         ranks: Devices the step is done on.
-        teacher: Sizes of the teacher; None for the dense original.
+        teacher: Sizes of the teacher; None for one like the student.
     """
     c, tokens = model.computed, micro_batch * seq_len
     student = (model.numel + branch_parameters(model, settings)) * c

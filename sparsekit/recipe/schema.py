@@ -80,6 +80,9 @@ class Recipe(BaseModel):
             values["evaluate"]["lm_eval"]["tasks_dir"] = self.resolve(self.evaluate.lm_eval.tasks_dir)
         values["export"]["directory"] = str(self.export_directory().absolute())
         values["steps"] = [step.as_dict() for step in self.steps]
+        for step in values["steps"]:
+            if "teacher" in step:
+                step["teacher"] = self.resolve(step["teacher"])
         ordered = {name: values[name] for name in type(self).model_fields}
         text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
         return str(text)

@@ -42,6 +42,7 @@ class Step:
         allocate: What decides how the sparsity is spread over the layers; None for the same in each.
         gpus: Processes that a step of scope model is done by, each on a device of its own. The result
             does not depend on it beyond rounding, so a step can go on with another number.
+        teacher: Directory of the model that a step of scope model learns from; None for the dense original.
     """
 
     method: Method
@@ -52,6 +53,7 @@ class Step:
     schedule: Schedule
     allocate: Allocate | None = None
     gpus: int = 1
+    teacher: str | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -90,7 +92,8 @@ class Step:
         schedule = {"schedule": self.schedule} if has_schedule(self.method) else {}
         allocate = {} if self.allocate is None else {"allocate": self.allocate.as_dict()}
         gpus = {"gpus": self.gpus} if self.method.scope == "model" else {}
-        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate, **gpus}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate, **gpus, **teacher}
         return {"method": self.method.name, **params, **common}
 
     @classmethod
@@ -121,7 +124,8 @@ class Step:
             message = f'pattern "{values["pattern"]}" is the same in every layer; allocate needs sparsity: 0.5 instead'
             raise _error(("allocate",), message, raw["allocate"])
         gpus: int = read.gpus if method.scope == "model" else 1
-        return cls(method, params, written, read.targets, read.ignore, schedule, allocate, gpus)
+        teacher: str | None = read.teacher if method.scope == "model" else None
+        return cls(method, params, written, read.targets, read.ignore, schedule, allocate, gpus, teacher)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -181,6 +185,8 @@ def step_model(method: Method) -> type[BaseModel]:
     if method.scope == "model":
         description = "Processes that train, each on a GPU of its own; processes on a CPU."
         fields["gpus"] = (Annotated[int, Field(ge=1)], Field(1, description=description))
+        description = "Directory of the model to learn from, with the same tokenizer; by default the dense original."
+        fields["teacher"] = (Annotated[str, Field(min_length=1)] | None, Field(None, description=description))
     if takes_allocation(method):
         fields["allocate"] = (Allocate | None, Field(None, description="A method that spreads the sparsity unevenly."))
     if taken := set(fields) & set(method.parameters.model_fields):

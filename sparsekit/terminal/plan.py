@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparsekit.planning.estimate import Estimator, kinds_of
+from sparsekit.planning.estimate import Estimator
+from sparsekit.planning.fates import kinds_of
 from sparsekit.recipe import Recipe
 from sparsekit.reporting.numerals import duration, megabytes
 from sparsekit.terminal.console import Terminal

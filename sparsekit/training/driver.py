@@ -39,6 +39,7 @@ class Training:
         progress: Called with (tokens done, tokens in all).
         noted: Called with a remark to show, the held-out perplexity.
         world: The processes that do this step together.
+        taught_by: The model to learn from, its blocks empty; None for the dense original.
     """
 
     view: ModelView
@@ -54,15 +55,16 @@ class Training:
     progress: Callable[[int, int], None]
     noted: Callable[[str], None] = lambda text: None
     world: World = ALONE
+    taught_by: ModelView | None = None
     _log: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
         """Train, verify and commit; returns the method's metrics and the path of its log."""
-        student, teacher = self.view.copy(), self.view.copy()
+        student, teacher = self.view.copy(), self.taught_by or self.view.copy()
         blocks = list(self.chain.blocks())
         student.load_rest(self.chain.rest())
         student.materialise_all(blocks)
-        teacher.materialise_all(self.view.dense_block(index) for index in range(len(blocks)))
+        teacher.materialise_all(teacher.dense_block(index) for index in range(len(teacher.blocks)))
         linears = {name: state for block in blocks for name, state in block.linears.items() if name in self.selected}
         self.store.directory.mkdir(parents=True, exist_ok=True)
         job = TrainJob(
@@ -76,6 +78,7 @@ class Training:
             log=self._record,
             progress=self.progress,
             world=self.world,
+            another_teacher=self.taught_by is not None,
         )
         trained: Trained = self.method.function(job, **self.arguments)
         if self.world.first:

@@ -21,7 +21,7 @@ class TrainJob:
 
     Attributes:
         student: The model to train, in the precision it computes in; parameters require no gradient yet.
-        teacher: The dense original, frozen, in eval mode.
+        teacher: The dense original, or the model that the step names; frozen, in eval mode.
         linears: The linears to make sparse, by full name; their parameters are called `NAME.weight`;
             on the host.
         tokens: Training windows, int [windows, seq_len], on the host.
@@ -32,6 +32,7 @@ class TrainJob:
         progress: Called with (tokens done, tokens in all).
         world: The processes that do this job together, each with whole models until the method shards
             them. All are given the same; `log` and `progress` of the first one count.
+        another_teacher: The teacher is not the dense original; only its vocabulary is sure to be the same.
     """
 
     student: nn.Module
@@ -44,6 +45,7 @@ class TrainJob:
     log: Callable[[dict[str, Any]], None]
     progress: Callable[[int, int], None]
     world: World = ALONE
+    another_teacher: bool = False
 
     @property
     def device(self) -> torch.device:

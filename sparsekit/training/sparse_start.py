@@ -64,9 +64,13 @@ def add_branches(job: TrainJob, masks: Mapping[str, Tensor], length: int, *, tra
 
 
 def input_norms(job: TrainJob) -> dict[str, Tensor]:
-    """Root mean square of every sparse linear's inputs in the dense model, float32 [in] by parameter name."""
+    """Root mean square of every sparse linear's inputs, float32 [in] by parameter name.
+
+    In the dense model; under another teacher, which has other layers, in the student as it starts.
+    """
     found = {name: InputNorm.empty(job.linears[name].source.shape[1], job.device) for name in job.linears}
-    modules = dict(job.teacher.named_modules())
+    model = job.student if job.another_teacher else job.teacher
+    modules = dict(model.named_modules())
 
     def feeder(statistic: InputNorm) -> Any:
         return lambda module, arguments: statistic.update(arguments[0].reshape(-1, arguments[0].shape[-1]))
@@ -75,7 +79,7 @@ def input_norms(job: TrainJob) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             for window in job.tokens[:SCORE_WINDOWS]:
-                job.teacher(input_ids=window.long().unsqueeze(0).to(job.device), use_cache=False)
+                model(input_ids=window.long().unsqueeze(0).to(job.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
