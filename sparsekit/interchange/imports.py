@@ -20,6 +20,7 @@ from sparsekit.errors import CheckpointError
 from sparsekit.formats import storage_of
 from sparsekit.interchange.hfdir import MARKER, read_config
 from sparsekit.kept import sha256_file
+from sparsekit.shards import tensor_places
 from sparsekit.state import LinearState
 
 MASKS = Path("sparsekit") / "masks.safetensors"  # in a folder: loaders read every *.safetensors beside the model
@@ -181,24 +182,10 @@ def _index(directory: Path, stem: str) -> dict[str, Path]:
     Raises:
         CheckpointError: A file is missing or cut short.
     """
-    listed: set[str] = set()
-    for path in sorted(directory.glob(f"{stem}*.safetensors.index.json")):
-        content = read_json(path)
-        listed |= set(content["weight_map"].values()) if isinstance(content.get("weight_map"), dict) else set()
-    paths = sorted(directory.glob(f"{stem}*.safetensors"))
-    absent = sorted(listed - {path.name for path in paths})
-    if absent:
-        raise CheckpointError(f"{directory / absent[0]} is missing, the index lists it")
-    if not paths:
+    places = tensor_places(directory, CheckpointError, stem)
+    if not places:
         raise CheckpointError(f"{directory} has no {stem}*.safetensors weights")
-    index: dict[str, Path] = {}
-    for path in paths:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                index.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is no whole safetensors file: {error}") from error
-    return index
+    return places
 
 
 def _masks(directory: Path, marker: Mapping[str, Any]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sparsekit.errors import ModelError
 from sparsekit.interchange.adapter import ADAPTER
 from sparsekit.interchange.imports import QuantizedFiles, is_quantized
+from sparsekit.shards import tensor_places
 from sparsekit.state import LinearState
 
 
@@ -49,13 +49,11 @@ class Weights:
                 f"the model is quantized: {len(self._stems)} linears in {told.storage.title} format, "
                 f"{told.setting.bits} bits, written by {told.quantizer}"
             )
-        if (directory / "adapter" / "adapter_config.json").is_file():
-            unread = f"{directory}/adapter holds low-rank branches that are not read: without them it is another model"
-            self.note = "; ".join(filter(None, (self.note, unread)))
-
         if (directory / ADAPTER).is_dir():
-            branch = f"{directory / ADAPTER} holds a low-rank branch beside the weights, which is not applied here"
-            self.note = f"{self.note}; {branch}" if self.note else branch
+            unread = (
+                f"{directory / ADAPTER} holds low-rank branches that are not read: without them it is another model"
+            )
+            self.note = "; ".join(filter(None, (self.note, unread)))
 
     def _resolve(self, name: str, prefix: str) -> bool:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
@@ -150,37 +148,8 @@ class Weights:
 
 def _index(directory: Path) -> dict[str, Path]:
     """Tensor names and the files that hold them."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
+    if not any(directory.glob("*.safetensors")):
         others = [path.name for path in directory.glob("*.bin")]
         found = f"; {others[0]} is a pickle file, which sparsekit does not open" if others else ""
         raise ModelError(f"{directory} has no .safetensors weights{found}")
-    _check_shards(directory, {path.name for path in files})
-    index: dict[str, Path] = {}
-    for path in files:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                index.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is no whole safetensors file: {error}") from error
-    return index
-
-
-def _check_shards(directory: Path, there: set[str]) -> None:
-    """Every shard that an index names must be in the directory.
-
-    Raises:
-        ModelError: One is missing, or the index points elsewhere.
-    """
-    for path in sorted(directory.glob("*.safetensors.index.json")):
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path} is no JSON: {error}") from error
-        listed = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise ModelError(f"{path} has no weight_map from tensors to files")
-        for name in sorted(set(listed.values()) - there):
-            if Path(name).name != name:
-                raise ModelError(f"{path} names {name}, which is outside the directory")
-            raise ModelError(f"{directory / name} is missing, {path.name} lists it")
+    return tensor_places(directory, ModelError)
