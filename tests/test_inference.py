@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import sparsekit as sk
+from sparsekit.branch import Branch
 from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
 from sparsekit.errors import CheckpointError, ModelError, RecipeError
@@ -34,6 +36,7 @@ from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.load import bytes_of, forms_of, products
 from sparsekit.inference.norms import single_kernel_norms
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
+from sparsekit.interchange.adapter import attach_adapter, write_adapter
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
@@ -338,6 +341,24 @@ def test_a_dense_int4_export_is_packed_dense(random_model, tmp_path):
         same(model(TOKENS).logits, dequantized(directory / "gptq", directory / "dense")(TOKENS).logits)
 
 
+def test_a_low_rank_branch_beside_an_export_is_computed(exports, tmp_path):
+    directory = Path(shutil.copytree(exports / "sparsekit-24", tmp_path / "branched"))
+    expected = dequantized(directory, exports / "dense")
+    torch.manual_seed(0)
+    branches = {
+        f"model.layers.{index}.{name}": Branch(torch.randn(out, 8), torch.randn(8, 64), length=8)
+        for index, name, out in ((0, "self_attn.k_proj", 32), (1, "mlp.gate_proj", 128))
+    }
+    write_adapter(directory, branches, torch.float32)
+    with torch.no_grad():
+        without = expected(TOKENS).logits
+        attach_adapter(expected, directory)
+        model = sk.load(directory, device="cpu")
+        same(model(TOKENS).logits, expected(TOKENS).logits)
+        assert not torch.allclose(model(TOKENS).logits, without, atol=1e-2)
+    assert list(stream(model, TOKENS, max_tokens=8)) == greedy(expected, 8)
+
+
 def test_damage_is_named(exports, tmp_path):
     held = {"values": torch.zeros(8, 8, dtype=torch.uint8), "positions": torch.zeros(8, 4, dtype=torch.uint8)}
     held["scales"] = torch.ones(8, 1, dtype=torch.float16)
@@ -560,8 +581,6 @@ def test_a_model_without_its_tokenizer_is_named(tmp_path):
 
 
 def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):
-    import shutil
-
     directory = Path(shutil.copytree(tiny / "dense", tmp_path / "chat"))
     settings = read_json(directory / "tokenizer_config.json")
     template = "{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}"
@@ -573,7 +592,7 @@ def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):
 
 def test_ctrl_c_ends_it(tiny):
     command = [sys.executable, "-m", "sparsekit", "generate", str(TINY), "--prompt", "a", "--max-tokens", "1000"]
-    environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
