@@ -18,6 +18,7 @@ from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
 from sparsekit.evaluation.deploy import DenseFigures
+from sparsekit.listener import Listener
 from sparsekit.models.locate import locate
 from sparsekit.planning.fingerprint import model_digest
 from sparsekit.recipe import Recipe, refuse_code
@@ -25,7 +26,7 @@ from sparsekit.recipe.variants import Arms, read_arms
 from sparsekit.reporting.comparison import comparison_of
 from sparsekit.reporting.comparison_page import write_comparison
 from sparsekit.reporting.report import finite
-from sparsekit.run import Listener, Run
+from sparsekit.run import Run
 
 
 class ArmListener(Listener, Protocol):

@@ -11,9 +11,9 @@ from sparsekit.evaluation.deploy import DenseFigures, deploy_card
 from sparsekit.evaluation.scoring import Watcher
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
+from sparsekit.opening import open_view
 from sparsekit.recipe import read_recipe
 from sparsekit.reporting.report import write_report
-from sparsekit.run import open_view
 
 
 def add_card(

@@ -7,69 +7,36 @@ or the training checkpoint where it stopped.
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-import torch
-import transformers
 from torch import Tensor
 
-from sparsekit import __version__
-from sparsekit.blockwise.allotment import Allotment
-from sparsekit.blockwise.streaming import Ahead
-from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
-from sparsekit.errors import GateError, RecipeError
+from sparsekit.errors import GateError
 from sparsekit.evaluation.basis import basis
 from sparsekit.evaluation.scoring import Scoring, Twin
-from sparsekit.formats import FORMATS
-from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.exports import export_all
 from sparsekit.interchange.hfdir import check_place
-from sparsekit.ladder import Ladder, counted
+from sparsekit.listener import Listener
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
-from sparsekit.pattern import Pattern
-from sparsekit.planning.peak import peak_since, start_peak
-from sparsekit.planning.plan import Plan, PlannedStep, make_plan, reads
+from sparsekit.opening import open_view, plan_for
+from sparsekit.planning.peak import measured
+from sparsekit.planning.plan import Plan, PlannedStep, reads
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.recipe.entries import Redo
-from sparsekit.recipe.step import params_pattern
 from sparsekit.redo import redone, rounds, told, worst_layers
 from sparsekit.reporting.report import write_report
 from sparsekit.shortage import named
-from sparsekit.training.driver import Training
-from sparsekit.training.ranks import Place, launch
+from sparsekit.stepwork import StepWork
+from sparsekit.summary import covered, environment, gate_row, said, summarise
 from sparsekit.training.teacher import open_teacher
-from sparsekit.training.world import ALONE, World
 
 KEPT_TOKENS = 2**26  # of a text that stays in memory between its uses; a longer one is read from its file again
-
-
-class Listener(Protocol):
-    """Told what a run is doing; the terminal is one."""
-
-    def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
-        """The recipe was resolved against the model."""
-
-    def started(self, title: str) -> None:
-        """A step or an evaluation begins."""
-
-    def progress(self, done: int, total: int) -> None:
-        """It has come this far, in blocks, tokens or windows."""
-
-    def noted(self, text: str) -> None:
-        """A remark about what is being done, such as the perplexity on the way; the last one stands."""
-
-    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
-        """A step is done; `cached` if an earlier run had done it."""
-
-    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """The run is complete."""
 
 
 Measuring = Callable[[Chain, Path, str, str], dict[str, Any]]
@@ -157,6 +124,12 @@ class Run:
         """Measures models as the recipe says."""
         return Scoring(self.recipe, self.view, self.tokenizer, self.windows, self.listener, self.twin)
 
+    @property
+    def work(self) -> StepWork:
+        """Does the steps."""
+        where = self.directory, self.shared, self.plan.model_digest
+        return StepWork(self.recipe, self.view, self.tokenizer, self.windows, self.listener, *where)
+
     def windows(self, entry: TextEntry) -> Tensor:
         """Tokens of a text, int32 [windows, seq_len]."""
         key = entry_digest(entry, self.recipe.resolve)
@@ -209,7 +182,7 @@ class Run:
         cached = record is not None
         if record is None:
             self.listener.started(planned.title)
-            result = self.measured(lambda: self._apply(planned, chain, store))
+            result = measured(self.view.device, lambda: self.work.apply(planned, chain, store))
             store.finish(planned.fingerprint, result)
         else:
             result = record["result"]
@@ -248,105 +221,11 @@ class Run:
         gate = self.recipe.evaluate.gates.max_ppl_increase
         return [] if gate is None else [gate_row(name, gate, dense, final) for name in dense]
 
-    def _apply(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
-        """Do a step's work; returns what it wants remembered."""
-        method = planned.step.method
-        self.view.load_rest(chain.rest())
-        if method.scope == "model" and planned.step.gpus > 1:
-            return self._train_on_ranks(planned, chain, store)
-        if method.scope == "model":
-            return self.train(planned, chain, store)
-        data = self.recipe.data.calibration
-        tokens = self.windows(data) if planned.step.calibrated and data is not None else None
-        allotted = self._allotted(planned, chain, store, tokens)
-        blocks = Ahead(chain.stored, self.view.device, len(self.view.blocks))
-        with torch.inference_mode(), blocks:
-            Walk(
-                view=self.view,
-                method=method,
-                arguments=planned.arguments,
-                selected=planned.selected,
-                patterns=planned.patterns,
-                before=blocks,
-                store=store,
-                tokens=tokens,
-                schedule=planned.step.schedule,
-                progress=self.listener.progress,
-                reference=chain.reference,
-                allotted=allotted,
-                overrides=planned.overrides,
-                ladder=Ladder(self.recipe.numerics.max_rung),
-            ).run()
-        used = {} if tokens is None else {"calibration_tokens": tokens.numel()}
-        allocation = {name: pattern.sparsity for name, pattern in allotted.items()}
-        return {**used, "allocation": allocation} if allocation else used
-
-    def _allotted(
-        self, planned: PlannedStep, chain: Chain, store: StepStore, tokens: Tensor | None
-    ) -> dict[str, Pattern]:
-        """The pattern of each layer of a step that writes `allocate`."""
-        step, pattern = planned.step, params_pattern(planned.step.method, planned.step.params)
-        if step.allocate is None or pattern is None:
-            return {}
-        selected = planned.selected
-        return Allotment(self.view, step.allocate, selected, chain.block, tokens, pattern.sparsity).kept(store)
-
-    def _train_on_ranks(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
-        """Have a step done by several processes."""
-        self.training_texts(planned)  # cut into tokens once, and not by every rank
-        place = Place(
-            recipe=self.directory / "recipe.yaml",
-            where=self.recipe.where("steps", planned.index, "gpus"),
-            shared=self.shared,
-            model_digest=self.plan.model_digest,
-            device=self.view.device,
-        )
-        return launch(planned, chain.stores, store, place, self.listener)
-
-    def training_texts(self, planned: PlannedStep) -> tuple[Tensor, Tensor | None]:
-        """The windows a training step reads, and the held-out ones it is watched with."""
-        data = self.recipe.data
-        if data.train is None:
-            raise RecipeError(f"{planned.step.method.name} needs data.train")
-        valid = next((data.evaluation[name] for name in self.recipe.evaluate.perplexity), None)
-        return self.windows(data.train), None if valid is None else self.windows(valid)
-
-    def train(self, planned: PlannedStep, chain: Chain, store: StepStore, world: World = ALONE) -> dict[str, Any]:
-        """Do a training step, alone or as one of several processes."""
-        tokens, valid = self.training_texts(planned)
-        taught_by = None
-        if planned.step.teacher is not None:
-            taught_by = open_teacher(self.recipe, planned.index, self.view, self.tokenizer)
-        return Training(
-            view=self.view,
-            method=planned.step.method,
-            arguments=planned.arguments,
-            selected=planned.selected,
-            patterns=planned.patterns,
-            chain=chain,
-            store=store,
-            tokens=tokens,
-            valid=valid,
-            seed=self.recipe.seed,
-            progress=self.listener.progress,
-            noted=self.listener.noted,
-            world=world,
-            taught_by=taught_by,
-        ).run()
-
-    def measured(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Time and peak memory of some work."""
-        fresh, start = start_peak(self.view.device), time.perf_counter()
-        result = work()
-        seconds = time.perf_counter() - start
-        peak, of = peak_since(self.view.device, fresh)
-        # a step of several processes has measured itself
-        return {"peak_memory": peak, "peak_memory_of": of, **result, "seconds": seconds}
-
     def _report(self, chain: Chain, dense: dict[str, Any], final: dict[str, Any]) -> dict[str, Any]:
         """Export, verify what was written, and write the report."""
         self.listener.started("export")
-        exports, files = self._export(chain)
+        patterns = self.last.patterns if self.last else {}
+        exports, files = export_all(self.recipe, self.view, chain, patterns)
         wanted = self.recipe.evaluate
         tasks = self._dense_and_final(chain, self.scoring.tasks, "tasks") if wanted.lm_eval.tasks else {}
         measures = self._dense_and_final(chain, self.scoring.measures, "measures") if wanted.measures else {}
@@ -358,15 +237,8 @@ class Run:
             "shared": str(self.shared.absolute()),
             "environment": environment(self.view),
             "model": {"path": str(self.view.path), "parameters": coverage.total, "digest": self.plan.model_digest},
-            "coverage": {
-                "compressed": coverage.compressed,
-                "ignored": coverage.ignored,
-                "by_rule": coverage.by_rule,
-                "unreachable": dict(coverage.unreachable),
-                "share": coverage.share,
-                "total": coverage.total,
-            },
-            "notes": [*self.plan.notes, *_said(dense, {})],
+            "coverage": covered(coverage),
+            "notes": [*self.plan.notes, *said(dense, {})],
             "dense": dense,
             "final": final,
             "steps": self.summaries,
@@ -378,34 +250,6 @@ class Run:
         files |= write_report(report, self.directory)
         self.listener.closed(report, files)
         return report
-
-    def _export(self, chain: Chain) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-        self.view.load_rest(chain.rest())
-        target = self.recipe.export_directory()
-        reports, files = [], {}
-        for name in self.recipe.export.formats:
-            with Ahead(chain.stored, self.view.device, len(self.view.blocks)) as blocks:
-                result = export_as(
-                    FORMATS[name],
-                    self.view,
-                    blocks,
-                    target / name,
-                    name=self.recipe.name,
-                    patterns=self._patterns(),
-                )
-            reports.append(result.as_dict())
-            files[name] = target / name
-        plain = [directory for name, directory in files.items() if FORMATS[name].storage is None]
-        if plain:
-            tokens = torch.arange(64).remainder(self.view.config.get_text_config().vocab_size).unsqueeze(0)
-            with chain.forward() as forward:
-                logits = forward(tokens)
-                for directory in plain:
-                    verify_dense(directory, tokens, logits, self.view)
-        return reports, files
-
-    def _patterns(self) -> Mapping[str, Pattern]:
-        return self.last.patterns if self.last else {}
 
     def _dense_and_final(self, chain: Chain, measure: Measuring, what: str) -> dict[str, Any]:
         """What a measurement says of the dense and of the compressed model."""
@@ -435,107 +279,3 @@ def run_recipe(recipe: Recipe, listener: Listener) -> dict[str, Any]:
         SparsekitError: See `sparsekit.errors`; `exit_code` tells the kind.
     """
     return Run.open(recipe, listener).execute()
-
-
-def open_view(recipe: Recipe) -> ModelView:
-    """The recipe's model."""
-    model = recipe.model
-    return ModelView.open(
-        recipe.resolve(model.path),
-        dtype=model.dtype,
-        compute_dtype=model.compute_dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-        allow_network=recipe.allow_network,
-    )
-
-
-def plan_for(recipe: Recipe, view: ModelView, digest: str | None = None) -> Plan:
-    """The plan of a recipe; its texts are read for their digests only. `digest` is the model's where it is known."""
-    used = {"calibration": recipe.data.calibration, "train": recipe.data.train}
-    texts = {name: entry_digest(entry, recipe.resolve) for name, entry in used.items() if entry}
-    return make_plan(recipe, view, texts, digest)
-
-
-def gate_row(name: str, allowed: float, dense: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
-    """One quality gate and whether it holds."""
-    increase = final[name]["perplexity"] / dense[name]["perplexity"] - 1
-    return {
-        "text": name,
-        "allowed": allowed,
-        "dense": dense[name]["perplexity"],
-        "final": final[name]["perplexity"],
-        "increase": increase,
-        "passed": increase <= allowed,
-    }
-
-
-def summarise(
-    planned: PlannedStep,
-    store: StepStore,
-    result: Mapping[str, Any],
-    blocks: int,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What one step did, for the terminal and the report."""
-    layers = [layer for index in range(blocks) for layer in store.layers(index)]
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    zeros = sum(layer["sparsity"] * layer["shape"][0] * layer["shape"][1] for layer in layers)
-    patterns = sorted({layer["pattern"] for layer in layers if layer["pattern"]})
-    bits = sorted({layer["bits"] for layer in layers if layer["bits"]})
-    return {
-        "index": planned.index,
-        "fingerprint": planned.fingerprint,
-        "method": planned.step.method.name,
-        "kind": planned.step.method.kind,
-        "params": planned.step.params.model_dump(mode="json"),
-        "source": planned.step.method.source,
-        "plugins": planned.step.plugins,
-        "pattern": ", ".join(patterns) or None,
-        "bits": bits,
-        "sparsity": zeros / weights if weights else 0.0,
-        "groups": sum(layer["groups"] for layer in layers),
-        "violations": sum(layer["violations"] for layer in layers),
-        "error": sum(layer["error"] for layer in layers) / len(layers) if layers else 0.0,
-        "error_of": layers[0]["error_of"] if layers else "weights",
-        "numerics": counted(layers),
-        "before": dict(before),
-        "perplexity": dict(after),
-        "notes": [
-            *_said(after, result),
-            *branch_note(layers, weights),
-            *(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),
-        ],
-        "layers": layers,
-        **result,
-    }
-
-
-def branch_note(layers: Sequence[Mapping[str, Any]], weights: int) -> list[str]:
-    """What low-rank branches of a step's layers cost, if there are any."""
-    count = sum(layer["branch_parameters"] for layer in layers)
-    share = count / max(1, weights)
-    told = f"low-rank branches: {count:,} dense parameters beside the linears' {weights:,} ({share:.1%})"
-    return [f"{told}; the pattern of the weights alone is N:M, the model is N:M+LR"] if count else []
-
-
-def _said(scores: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
-    """What ran out of memory while training and measuring."""
-    if told := (result.get("training") or {}).get("out_of_memory"):
-        yield f"training: {told}"
-    yield from (f"perplexity on {name}: {score['note']}" for name, score in scores.items() if "note" in score)
-
-
-def environment(view: ModelView) -> dict[str, str]:
-    """Versions and machine, for the report."""
-    device = "cpu" if view.device.type == "cpu" else torch.cuda.get_device_name(view.device)
-    return {
-        "sparsekit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "dtype": str(view.dtype).removeprefix("torch."),
-        "compute_dtype": str(view.compute_dtype).removeprefix("torch."),
-    }

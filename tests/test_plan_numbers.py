@@ -97,7 +97,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
     run = Run.open(read, Quiet())
     (planned,) = run.plan.steps
     with peak_of_torch() as found:
-        run._apply(planned, Chain(run.view), StepStore(tmp_path / "store", run.view.dtype))
+        run.work.apply(planned, Chain(run.view), StepStore(tmp_path / "store", run.view.dtype))
     assert predicted(told["steps"][0]) == pytest.approx(found.bytes, rel=0.2)
 
 

@@ -45,7 +45,7 @@ SCORED_AT_ONCE = {"cpu": 4, "cuda": 32}  # windows
 
 
 class Silent:
-    """A `sparsekit.run.Listener` that says nothing."""
+    """A `sparsekit.listener.Listener` that says nothing."""
 
     def planned(self, *_: object) -> None:
         """Nothing."""

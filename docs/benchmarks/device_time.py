@@ -33,7 +33,7 @@ def profiled(call: Callable[[], object], rows: int = 8) -> list[str]:
 
 
 class Silent:
-    """A `sparsekit.run.Listener` that says nothing."""
+    """A `sparsekit.listener.Listener` that says nothing."""
 
     def planned(self, recipe: object, plan: object, view: object) -> None:
         """Nothing."""

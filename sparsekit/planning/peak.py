@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +41,16 @@ def peak_since(device: torch.device, fresh: bool) -> tuple[int, str]:
     if fresh:
         return _status("VmHWM"), "resident memory of the process"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident memory of the process since it began"
+
+
+def measured(device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What some work returns, with its time and peak memory."""
+    fresh, start = start_peak(device), time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    peak, of = peak_since(device, fresh)
+    # a step of several processes has measured itself
+    return {"peak_memory": peak, "peak_memory_of": of, **result, "seconds": seconds}
 
 
 def resident_now() -> int:

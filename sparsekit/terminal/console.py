@@ -27,7 +27,7 @@ TOLD = {"codes": "codes", "positions": "positions", "scales": "scales", "zeros":
 
 
 class Terminal:
-    """A `sparsekit.run.Listener` that writes to a terminal."""
+    """A `sparsekit.listener.Listener` that writes to a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

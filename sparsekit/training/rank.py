@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sparsekit.checkpoint import StepStore, read_json, write_json
 from sparsekit.errors import CheckpointError, SparsekitError
 from sparsekit.models.chain import Chain
+from sparsekit.planning.peak import measured
 from sparsekit.recipe import read_recipe
 from sparsekit.run import Run
 from sparsekit.training.ranks import DONE, JOB
@@ -22,7 +23,7 @@ from sparsekit.training.world import World
 
 
 class Told:
-    """A `sparsekit.run.Listener` that writes events to standard output; silent on other ranks."""
+    """A `sparsekit.listener.Listener` that writes events to standard output; silent on other ranks."""
 
     def __init__(self, speaks: bool) -> None:
         self._speaks = speaks
@@ -69,7 +70,8 @@ def work(directory: Path) -> None:
         for name, before in zip(job["before"], run.plan.steps, strict=False):
             store = StepStore(run.shared / "steps" / name, run.view.dtype)
             chain = chain.then(store, trains=before.step.method.kind == "train")
-        result = run.measured(lambda: run.train(planned, chain, StepStore(directory, run.view.dtype), world))
+        step = StepStore(directory, run.view.dtype)
+        result = measured(run.view.device, lambda: run.work.train(planned, chain, step, world))
         if world.first:
             write_json(directory / DONE, result)
         world.wait()

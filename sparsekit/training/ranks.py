@@ -28,7 +28,7 @@ TOLD = 40  # lines of other output that an error shows at most
 
 
 class Ear(Protocol):
-    """Told of progress; a `sparsekit.run.Listener` is one."""
+    """Told of progress; a `sparsekit.listener.Listener` is one."""
 
     def progress(self, done: int, total: int) -> None:
         """So many tokens of all."""

@@ -12,6 +12,7 @@ from sparsekit.checkpoint import StepStore
 from sparsekit.evaluation.deploy import deploy_card
 from sparsekit.models.chain import Chain
 from sparsekit.planning.estimate import Estimator
+from sparsekit.planning.peak import measured
 from sparsekit.recipe import Recipe, read_recipe
 from sparsekit.run import Run
 
@@ -72,7 +73,8 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
     told = Estimator.open(read).all()["steps"][0]["device"]
     run = Run.open(read, Quiet())
     (planned,) = run.plan.steps
-    result = run.measured(lambda: run._apply(planned, Chain(run.view), StepStore(tmp_path / "s", run.view.dtype)))
+    store = StepStore(tmp_path / "s", run.view.dtype)
+    result = measured(run.view.device, lambda: run.work.apply(planned, Chain(run.view), store))
     assert told["bytes"] == pytest.approx(result["peak_memory"], rel=0.2), told
 
 
@@ -80,7 +82,7 @@ def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wid
     run = Run.open(recipe(tmp_path, wide, '{method: magnitude, pattern: "2:4"}'), Quiet())
     (planned,) = run.plan.steps
     store = StepStore(tmp_path / "store", run.view.dtype)
-    run._apply(planned, Chain(run.view), store)
+    run.work.apply(planned, Chain(run.view), store)
     card = deploy_card(Chain(run.view), Chain(run.view).then(store), [], lambda done, total: None)
     forms = {row["form"] for row in card["speed"]}
     assert forms == {"zeros in place", "torch semi-structured"}, card["notes"]
@@ -97,7 +99,7 @@ def test_the_card_has_the_packed_form_and_its_decoding(tmp_path, wide):
     chain = Chain(run.view)
     for index, planned in enumerate(run.plan.steps):
         store = StepStore(tmp_path / f"store{index}", run.view.dtype)
-        run._apply(planned, chain, store)
+        run.work.apply(planned, chain, store)
         chain = chain.then(store)
     card = deploy_card(Chain(run.view), chain, [], lambda done, total: None)
     (form,) = {row["form"] for row in card["speed"] if row["form"].startswith("2:4 + int4, sparsekit")}
