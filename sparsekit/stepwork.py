@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsekit.blockwise.allotment import Allotment
+from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.blockwise.streaming import Ahead
 from sparsekit.blockwise.walk import Walk
-from sparsekit.checkpoint import StepStore
+from sparsekit.checkpoint import HOST, StepStore
 from sparsekit.errors import RecipeError
 from sparsekit.ladder import Ladder
 from sparsekit.listener import Listener
@@ -64,7 +65,8 @@ class StepWork:
         data = self.recipe.data.calibration
         tokens = self.windows(data) if planned.step.calibrated and data is not None else None
         allotted = self._allotted(planned, chain, store, tokens)
-        blocks = Ahead(chain.stored, self.view.device, len(self.view.blocks))
+        holding = HOLDINGS[self.recipe.model.memory]
+        blocks = Ahead(chain.stored, self.view.device if holding.blocks else HOST, len(self.view.blocks))
         with torch.inference_mode(), blocks:
             Walk(
                 view=self.view,
@@ -81,6 +83,7 @@ class StepWork:
                 allotted=allotted,
                 overrides=planned.overrides,
                 ladder=Ladder(self.recipe.numerics.max_rung),
+                holding=holding,
             ).run()
         used = {} if tokens is None else {"calibration_tokens": tokens.numel()}
         allocation = {name: pattern.sparsity for name, pattern in allotted.items()}
@@ -93,8 +96,8 @@ class StepWork:
         step, pattern = planned.step, params_pattern(planned.step.method, planned.step.params)
         if step.allocate is None or pattern is None:
             return {}
-        selected = planned.selected
-        return Allotment(self.view, step.allocate, selected, chain.block, tokens, pattern.sparsity).kept(store)
+        selected, holding = planned.selected, HOLDINGS[self.recipe.model.memory]
+        return Allotment(self.view, step.allocate, selected, chain.block, tokens, pattern.sparsity, holding).kept(store)
 
     def _on_ranks(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
         """Have a step done by several processes."""

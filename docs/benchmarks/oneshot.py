@@ -45,6 +45,7 @@ from oneshot_block import block
 from oneshot_model import model
 from torch import Tensor
 
+from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.kernels.masks import nm_mask
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="of the model of part 7b; all of the shape when absent")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of part 7b")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--memory", choices=tuple(HOLDINGS), default="auto", help="mode of part 7b")
     parser.add_argument("--schedule", choices=("group", "block"), default="group")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -271,9 +273,9 @@ def main() -> None:
         "awq": lambda: awq(tokens, given.small),
         "base": lambda: base(given.model, given.text),
         "7b": lambda: (
-            model(given.work, "tiny", None, 4, 64, given.schedule)
+            model(given.work, "tiny", None, 4, 64, given.schedule, given.memory)
             if given.small
-            else model(given.work, given.shape, given.blocks, given.samples, given.length, given.schedule)
+            else model(given.work, given.shape, given.blocks, given.samples, given.length, given.schedule, given.memory)
         ),
     }
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -21,9 +21,10 @@ from load import write_model
 from torch import Tensor
 
 from sparsekit.blockwise import streaming
+from sparsekit.blockwise.holding import HOLDINGS, Memory
 from sparsekit.blockwise.streaming import Ahead, Behind
 from sparsekit.blockwise.walk import Walk
-from sparsekit.checkpoint import StepStore
+from sparsekit.checkpoint import HOST, StepStore
 from sparsekit.formats import FORMATS
 from sparsekit.interchange.export import export_as
 from sparsekit.models.chain import Chain
@@ -85,10 +86,14 @@ class Phases:
             streaming.Ahead._taken, streaming.Behind._settle = read, settle  # type: ignore[method-assign]
 
 
-def step(view: ModelView, chain: Chain, method: str, store: StepStore, tokens: Tensor, schedule: str) -> Chain:
+def step(
+    view: ModelView, chain: Chain, method: str, store: StepStore, tokens: Tensor, schedule: str, memory: Memory
+) -> Chain:
     """One step as `run` does it."""
+    holding = HOLDINGS[memory]
+    where = view.device if holding.blocks else HOST
     names = [name for index in range(len(view.blocks)) for name in view.linears(index)]
-    with torch.inference_mode(), Ahead(chain.stored, view.device, len(view.blocks)) as blocks:
+    with torch.inference_mode(), Ahead(chain.stored, where, len(view.blocks)) as blocks:
         Walk(
             view=view,
             method=METHODS.get(method),
@@ -100,12 +105,15 @@ def step(view: ModelView, chain: Chain, method: str, store: StepStore, tokens: T
             tokens=tokens,
             schedule=schedule,
             progress=lambda done, total: None,
+            holding=holding,
         ).run()
         store.finish(method, {})
     return chain.then(store)
 
 
-def model(work: Path, shape: str, blocks: int | None, samples: int, length: int, schedule: str) -> dict[str, Any]:
+def model(
+    work: Path, shape: str, blocks: int | None, samples: int, length: int, schedule: str, memory: Memory
+) -> dict[str, Any]:
     """Write a random model of a shape of load.py into `work`, and take it through."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     written = write_model(shape, blocks, work / "model", where)
@@ -121,12 +129,19 @@ def model(work: Path, shape: str, blocks: int | None, samples: int, length: int,
         for name in STEPS:
             store = StepStore(work / "steps" / name, view.dtype)
             with phases.phase(name):
-                chain = step(view, chain, name, store, tokens, schedule)
+                chain = step(view, chain, name, store, tokens, schedule, memory)
         with phases.phase("export"), Ahead(chain.stored, view.device, len(view.blocks)) as stored:
             names = [name for index in range(len(view.blocks)) for name in view.linears(index)]
             export_as(FORMATS["gptq"], view, stored, work / "export", patterns=dict.fromkeys(names, Pattern(2, 4)))
     total = round(sum(row["seconds"] for row in phases.found.values()), 2)
     size = sum(path.stat().st_size for path in (work / "export").glob("*.safetensors"))
     print(f"all phases {total} s, packed {size / 1e9:.2f} GB", flush=True)
-    shape_of = {"shape": shape, "blocks": written["blocks"], "samples": samples, "length": length, "schedule": schedule}
-    return {**shape_of, "phases": phases.found, "seconds": total, "packed_bytes": size}
+    about = {"shape": shape, "blocks": written["blocks"], "samples": samples, "length": length}
+    return {
+        **about,
+        "schedule": schedule,
+        "memory": memory,
+        "phases": phases.found,
+        "seconds": total,
+        "packed_bytes": size,
+    }

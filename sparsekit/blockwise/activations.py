@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain, one_pass
 from sparsekit.models.view import Call, ModelView
 from sparsekit.shortage import half, twice
@@ -43,12 +45,14 @@ class Activations:
     tokens: Tensor
     block: int = 0
     remarks: list[str] = field(default_factory=list)
+    holding: Holding = HOLDINGS["auto"]
 
     @classmethod
-    def begin(cls, view: ModelView, tokens: Tensor) -> Activations:
+    def begin(cls, view: ModelView, tokens: Tensor, holding: Holding = HOLDINGS["auto"]) -> Activations:
         """Embed the calibration windows, int [samples, seq_len]."""
         samples, length = tokens.shape
-        micro_batch = max(1, min(samples, MICRO_BATCH_TOKENS[view.device.type] // length))
+        most = MICRO_BATCH_TOKENS[view.device.type]
+        micro_batch = max(1, min(samples, min(most, holding.tokens or most) // length))
         hidden: Tensor | None = None
         calls: dict[int, list[Call]] = {}
         for start in range(0, samples, micro_batch):
@@ -57,10 +61,10 @@ class Activations:
             calls.setdefault(len(part), found)
             if hidden is None:
                 shape = (samples, length, entered.shape[-1])
-                hidden = torch.empty(shape, dtype=entered.dtype, device=_home(shape, entered))
+                hidden = torch.empty(shape, dtype=entered.dtype, **_home(shape, entered, holding))
             hidden[start : start + len(part)] = entered
         assert hidden is not None  # a text entry holds at least one window
-        return cls(view, hidden, calls, micro_batch, tokens)
+        return cls(view, hidden, calls, micro_batch, tokens, holding=holding)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self.micro_batch):
@@ -71,7 +75,7 @@ class Activations:
         size = part.stop - part.start
         if size not in self.calls:  # after a shortage of memory
             self.calls[size] = self.view.begin(self.tokens[:size].long().to(self.view.device))[1]
-        return self.hidden[part].to(self.view.device), self.calls[size][index]
+        return self.hidden[part].to(self.view.device, non_blocking=True), self.calls[size][index]
 
     def _smaller(self) -> None:
         """Go on with half of the windows in a forward."""
@@ -122,7 +126,7 @@ class Activations:
 
             def step(start: int = start) -> int:
                 part = slice(start, min(start + self.micro_batch, samples))
-                self.hidden[part] = self._left(index, part)
+                self.hidden[part] = self.view.run_block(index, *self.enter(index, part))
                 return part.stop
 
             start = twice(step, self._smaller)
@@ -143,9 +147,11 @@ class Activations:
             kind: What to accumulate for each group.
             settle: Takes a group's index and statistic and changes the group's weights in place.
         Returns:
-            False if that cannot be done, as what waits would not fit the memory or a linear is called
+            False if that cannot be done, as what waits is not to be held or would not fit, or a linear is called
             again after its group was settled: the buffer is as it was, weights may have been changed.
         """
+        if not self.holding.waits:
+            return False
         doors = [self.view.linears(index)[group[0]] for group in groups]
         samples, length, width = self.hidden.shape
         widest = max(door.in_features for door in doors)
@@ -195,12 +201,19 @@ def _feeder(statistic: Statistic, *, finite: bool = False) -> Callable[[nn.Modul
     return feed
 
 
-def _home(shape: tuple[int, int, int], like: Tensor) -> torch.device:
-    """Where a buffer of that shape is kept."""
-    if like.device.type != "cuda":
-        return like.device
+def _home(shape: tuple[int, int, int], like: Tensor, holding: Holding) -> dict[str, Any]:
+    """Where a buffer of that shape is kept; on the host it is page-locked, so that a device copies at full speed."""
     size = shape[0] * shape[1] * shape[2] * like.element_size()
-    return like.device if size < DEVICE_SHARE * free_memory(like.device) else torch.device("cpu")
+    if like.device.type != "cuda" or on_device(size, like.device, holding):
+        return {"device": like.device}
+    return {"device": torch.device("cpu"), "pin_memory": True}
+
+
+def on_device(size: int, device: torch.device, holding: Holding) -> bool:
+    """Whether hidden states of that many bytes are kept on a CUDA device."""
+    if holding.hidden is None:
+        return size < DEVICE_SHARE * free_memory(device)
+    return holding.hidden == "device"
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsekit.allocate import Allocate, Measured, checked
 from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.stacking import sent
 from sparsekit.blockwise.walk import resident
 from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
@@ -31,6 +32,7 @@ class Allotment:
         before: State of a block before the step.
         tokens: Calibration windows [samples, seq_len], None for a method without statistics.
         target: Mean sparsity over all weights of the step.
+        holding: What is held on the device.
     """
 
     view: ModelView
@@ -39,6 +41,7 @@ class Allotment:
     before: Callable[[int], BlockState]
     tokens: Tensor | None
     target: float
+    holding: Holding = HOLDINGS["auto"]
 
     def kept(self, store: StepStore) -> dict[str, Pattern]:
         """The pattern of every layer; written to the step's directory, and read from there on resume.
@@ -76,7 +79,7 @@ class Allotment:
         if kind is not None:
             if self.tokens is None:
                 raise MethodError(f"{self.allocate.method.name} needs calibration data")
-            stream = Activations.begin(self.view, self.tokens)
+            stream = Activations.begin(self.view, self.tokens, self.holding)
         for index in range(len(self.view.blocks)):
             block = self.before(index)
             with resident(self.view, index, block):

@@ -7,7 +7,7 @@ alone, if they are handed over as one linear: a sweep waits for its columns, not
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,45 @@ def parted(whole: LinearState, states: Sequence[LinearState]) -> Iterator[Linear
             notes=(*state.notes, *whole.notes),
         )
         start = stop
+
+
+def in_pieces(
+    function: Callable[..., LinearState],
+    weights: int,
+    state: LinearState,
+    statistic: Statistic,
+    **arguments: Any,
+) -> LinearState:
+    """A method that works by rows, on a few rows at a time.
+
+    Args:
+        function: The method.
+        weights: At a time.
+        state: The linear.
+        statistic: Of its inputs.
+        arguments: Of the method.
+    """
+    rows = max(1, weights // state.source.shape[1])
+    plain = state.quantized is None and state.dense is None and state.branch is None
+    if rows >= len(state.source) or not plain:
+        return function(state, statistic, **arguments)
+    found = []
+    for start in range(0, len(state.source), rows):
+        here = slice(start, start + rows)
+        mask = None if state.mask is None else state.mask[here]
+        found.append(function(replace(state, source=state.source[here], mask=mask, notes=()), statistic, **arguments))
+    first, quantized = found[0], found[0].quantized
+    if quantized is not None:
+        parts = [each.quantized for each in found if each.quantized is not None]
+        codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
+        quantized = replace(quantized, codes=codes, scale=scale, zero=zero)
+    return replace(
+        state,
+        source=torch.cat([each.source for each in found]),
+        mask=None if first.mask is None else torch.cat([each.mask for each in found if each.mask is not None]),
+        quantized=quantized,
+        notes=(*state.notes, *first.notes),
+    )
 
 
 def at_once(

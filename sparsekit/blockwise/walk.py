@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain
-from sparsekit.blockwise.stacking import at_once, placed, sent
+from sparsekit.blockwise.stacking import at_once, in_pieces, placed, sent
 from sparsekit.blockwise.streaming import Behind
-from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.checkpoint import HOST, BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.ladder import UNREACHED, Ladder
 from sparsekit.models.groups import Producer
@@ -51,6 +52,7 @@ class Walk:
         allotted: The pattern a layer gets in place of the argument, by an allocation method.
         overrides: Arguments of single layers in place of the step's; one member decides for its group.
         ladder: What may be done where arithmetic fails.
+        holding: What is held on the device.
     """
 
     view: ModelView
@@ -67,6 +69,7 @@ class Walk:
     allotted: Mapping[str, Pattern] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ladder: Ladder = field(default_factory=Ladder)
+    holding: Holding = HOLDINGS["auto"]
     _mended: dict[str, tuple[str, ...]] = field(default_factory=dict)  # notes by layer
     _examined: list[Examined] = field(default_factory=list)
     _records: list[LayerRecord] = field(default_factory=list)
@@ -83,7 +86,7 @@ class Walk:
         if self.method.stats is not None:
             if self.tokens is None:
                 raise MethodError(f"{self.method.name} needs calibration data")
-            stream = Activations.begin(self.view, self.tokens)
+            stream = Activations.begin(self.view, self.tokens, self.holding)
         with Behind(self.store) as behind:
             for index in range(total):
                 stored = self.store.stored(index)
@@ -96,6 +99,7 @@ class Walk:
                 if stream is not None and index + 1 < total:
                     with resident(self.view, index, after):
                         stream.advance(index)
+                del after  # or it is held until the next block is done
                 self.progress(index + 1, total)
 
     def _given(self, index: int) -> BlockState:
@@ -123,7 +127,7 @@ class Walk:
             return block
         if stream is None:
             return self._each(block, names, None)
-        block = placed(block, self.view.device)
+        block = placed(block, self.view.device if self.holding.blocks else HOST)
         with resident(self.view, index, block):
             groups = self.view.groups(index, *stream.sample(index))
             if self.method.scope == "group":
@@ -131,8 +135,8 @@ class Walk:
             if self.schedule == "group":
                 return self._groups_in_order(index, block, groups, stream)
             statistics = self._collected(index, groups, stream)
-        for group, statistic in zip(groups, statistics, strict=True):
-            block = self._each(block, [name for name in group if name in self.selected], statistic)
+        for group in groups:  # what is known of a group, and its factor, are held until it is done
+            block = self._each(block, [name for name in group if name in self.selected], statistics.pop(0))
         return block
 
     @property
@@ -194,17 +198,29 @@ class Walk:
 
     def _each(self, block: BlockState, names: Sequence[str], statistic: Statistic | None) -> BlockState:
         """Apply a linear-scope method to the named linears of a block, which share an input."""
-        given = {name: sent(block.linears[name], self.view.device) for name in names}
-        states = [self._mended_state(state) for state in given.values()]
-        arguments = [self._arguments(state) for state in states]
-        results = at_once(self.method, states, arguments, statistic) or (
-            self._one(s, statistic) for s in given.values()
-        )
         linears = dict(block.linears)
-        for name, (result, seconds) in zip(names, results, strict=True):
-            # on the device until committed
-            linears[name] = self._proved(given[name], result, statistic, None, seconds)
+        for before, after, seconds in self._results(block, names, statistic):
+            linears[before.name] = self._put(self._proved(before, after, statistic, None, seconds))
         return BlockState(linears, block.params)
+
+    def _results(
+        self, block: BlockState, names: Sequence[str], statistic: Statistic | None
+    ) -> Iterator[tuple[LinearState, LinearState, float]]:
+        """Every linear before and after, and its seconds; solved as one where that is to be held and can be done."""
+        if self.holding.blocks:
+            given = [sent(block.linears[name], self.view.device) for name in names]
+            states = [self._mended_state(state) for state in given]
+            together = at_once(self.method, states, [self._arguments(state) for state in states], statistic)
+            if together is not None:
+                yield from ((before, *after) for before, after in zip(given, together, strict=True))
+                return
+        for name in names:
+            before = sent(block.linears[name], self.view.device)
+            yield before, *self._one(before, statistic)
+
+    def _put(self, state: LinearState) -> LinearState:
+        """A result where the block's states are until they are committed."""
+        return state if self.holding.blocks else sent(state, HOST)
 
     def _one(self, given: LinearState, statistic: Statistic | None) -> tuple[LinearState, float]:
         """The method on one linear, and its seconds."""
@@ -235,6 +251,8 @@ class Walk:
         else:
             given = self._mended_state(given)
         call = partial(self.method.function, **arguments)
+        if self.holding.weights is not None and isinstance(given, LinearState) and self.method.by_rows(arguments):
+            call = partial(in_pieces, self.method.function, self.holding.weights, **arguments)
         return self.ladder.apply(call, given, partial(_noted, given), statistic)
 
     def _mended_state(self, state: LinearState) -> LinearState:
@@ -257,12 +275,12 @@ class Walk:
             result: Group = self._called(group, stat)
         seconds = time.perf_counter() - start
         linears = {
-            name: self._proved(given[name], state, stat, result.input_scale, seconds)
+            name: self._put(self._proved(given[name], state, stat, result.input_scale, seconds))
             for name, state in result.linears.items()
         }
         block = BlockState({**block.linears, **linears}, block.params)
         if result.input_scale is not None and isinstance(producer, Producer):
-            block = producer.fold(block, result.input_scale)
+            block = producer.fold(block, result.input_scale.to(next(iter(linears.values())).source.device))
         return block
 
     def _proved(

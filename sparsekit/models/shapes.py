@@ -79,10 +79,10 @@ class ModelSizes:
         """How many blocks as large as the largest the model amounts to."""
         return sum(block.numel for block in self.blocks) / self.largest.numel
 
-    def micro_batch(self, samples: int, seq_len: int) -> int:
-        """Calibration tokens of one forward."""
+    def micro_batch(self, samples: int, seq_len: int, most: int | None = None) -> int:
+        """Calibration tokens of one forward, at most so many if the recipe's memory mode says so."""
         tokens = MICRO_BATCH_TOKENS["cuda" if self.cuda else "cpu"]
-        return max(1, min(samples, tokens // seq_len)) * seq_len
+        return max(1, min(samples, min(tokens, most or tokens) // seq_len)) * seq_len
 
 
 def sizes_of(view: ModelView) -> ModelSizes:

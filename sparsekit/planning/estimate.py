@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from sparsekit.blockwise.activations import DEVICE_SHARE, WAITING_SHARE, free_memory, waiting_bytes
+from sparsekit.blockwise.activations import WAITING_SHARE, free_memory, waiting_bytes
+from sparsekit.blockwise.activations import on_device as kept_on_device
+from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.data import load_tokenizer
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.models.shapes import ModelSizes, sizes_of
@@ -158,10 +160,11 @@ class Estimator:
         data, kind = self.recipe.data.calibration, planned.step.method.stats
         samples, seq_len = (0, 1) if data is None or kind is None else (self._windows(data), data.seq_len)
         hidden = samples * seq_len * self.sizes.width * self.sizes.computed
-        on_device = not self.sizes.cuda or hidden < DEVICE_SHARE * self._free()
+        holding = HOLDINGS[self.recipe.model.memory]
+        on_device = not self.sizes.cuda or kept_on_device(hidden, self.view.device, holding)
         in_order = planned.step.schedule == "group"
         waiting = 0
-        if in_order and planned.step.method.scope == "linear":
+        if in_order and planned.step.method.scope == "linear" and holding.waits:
             widest = max(self.sizes.largest.inputs())
             waiting = samples * seq_len * waiting_bytes(self.sizes.width, widest, self.sizes.computed)
             waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
@@ -169,15 +172,16 @@ class Estimator:
         moments = memory.walk_moments(
             self.sizes, planned.step.method.name, kind, grouped=grouped,
             samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
+            holding=holding,
         )  # fmt: skip
-        host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden)
+        host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden, holding=holding)
         block, tokens = self.sizes.largest, samples * seq_len
         solving = sum(self.bench.method_seconds(planned, block).values())
         passes = 0.0
         if kind is not None and tokens:
             rounds = len(block.groups) * (not waiting) if in_order else 1  # who waits is run once
             updates = sum(self.bench.statistic_seconds(kind, inputs) for inputs in block.inputs())
-            windows = self.sizes.micro_batch(samples, seq_len) // seq_len
+            windows = self.sizes.micro_batch(samples, seq_len, holding.tokens) // seq_len
             forward = self.forward_seconds(windows, seq_len)
             looks = windows * seq_len * forward  # one forward shows which linears share an input
             passes = tokens * (forward * (1 + rounds) + updates) + looks

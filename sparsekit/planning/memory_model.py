@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.kernels.oneshot import WIDE
@@ -31,7 +32,7 @@ FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the g
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
 SENT = 4  # bytes a weight of a block's linears on CUDA, where they are from the start
-RESULT = 5  # bytes a weight of what a block has become: values, and a mask or codes; kept until the next is done
+RESULT = 5  # bytes a weight of what a block has become: values, and a mask or codes
 VERIFY = 20  # bytes a weight: before, after, change, change times Gram, their product
 
 
@@ -137,6 +138,7 @@ def walk_moments(
     in_order: bool,
     waiting: int = 0,
     grouped: bool = False,
+    holding: Holding = HOLDINGS["auto"],
 ) -> list[Moment]:
     """Moments of a step over blocks, on the device.
 
@@ -150,8 +152,9 @@ def walk_moments(
         in_order: Groups are collected and solved one by one.
         waiting: Bytes of what the micro-batches hold meanwhile, when they wait for each group.
         grouped: The method is of scope group: the block stays loaded while it works.
+        holding: The recipe's memory mode.
     """
-    c, tokens, moments = model.computed, model.micro_batch(samples, seq_len), list[Moment]()
+    c, tokens, moments = model.computed, model.micro_batch(samples, seq_len, holding.tokens), list[Moment]()
     held = [*always(model), *_calibration(model, kind, samples, seq_len, tokens, on_device, waiting)]
     for block in _kinds(model.blocks):
         inputs = block.inputs()
@@ -160,9 +163,8 @@ def walk_moments(
         statistics = Part("statistics", "Σ 4n² a group (Gram)", sum(statistic_bytes(kind, n) for n in counted))
         linear = sum(out * columns for out, columns in block.linears.values())
         states, became = [], []
-        if model.cuda:  # on a CPU they are the host's, which has them anyway
+        if model.cuda and holding.blocks:  # else they are the host's; on a CPU that has them anyway
             states = [Part("values of its linears", "4B", SENT * linear)]
-            states.append(Part("what the block before has become", "5B", RESULT * linear))
             became = [Part("what it has become so far", "5B", RESULT * linear)]
         if kind is not None:
             running = [*held, *states, weights, statistics]
@@ -176,7 +178,7 @@ def walk_moments(
             moments.append(Moment("collecting", [*running, update]))
         resident = [*states, *([weights] if in_order or grouped else [])]
         resident += became
-        for name, parts in _solving(model, block, method, kind):
+        for name, parts in _solving(model, block, method, kind, holding):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
 
@@ -197,7 +199,9 @@ def _calibration(
     return found
 
 
-def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None) -> list[tuple[str, list[Part]]]:
+def _solving(
+    model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None, holding: Holding
+) -> list[tuple[str, list[Part]]]:
     """What a method holds while it works on the linears of a block."""
     found, kept = list[tuple[str, list[Part]]](), 0
     solves = kind is Gram and method in ("gptq", "sparsegpt")
@@ -210,10 +214,12 @@ def _solving(model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] 
             kept += FACTOR_KEPT * n * n
         rows = [block.linears[name][0] for name in group]
         size = max(rows) * n
-        stack = sum(rows) * n if solves and model.cuda else size  # on CUDA linears with one input are swept as one
+        stack = sum(rows) * n if solves and model.cuda and holding.blocks else size  # swept as one, or one by one
+        pieces = stack if holding.weights is None or not solves else min(stack, holding.weights)
+        whole = 0 if pieces == stack else 14 * stack  # the linear before, and what its pieces have become
         own = Part("factors", "Σ 4n²", kept)
         each = SWEEP.get(method, SCORE)
-        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
+        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * pieces + whole)]))
         # CUDA: some columns of H, both parts of them and a product
         matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind is Gram else 0
         error = Part(
@@ -242,7 +248,7 @@ def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement:
     return [Moment("running the model", running), Moment("comparing logits", [*held, logits, wide])]
 
 
-def host_of_walk(model: ModelSizes, process: int, *, hidden: int) -> Moment:
+def host_of_walk(model: ModelSizes, process: int, *, hidden: int, holding: Holding = HOLDINGS["auto"]) -> Moment:
     """Host memory of a step over blocks on CUDA: two blocks read ahead and two on their way to the disk.
 
     They are page-locked, and torch rounds such memory up to powers of two: twice their bytes at most.
@@ -254,6 +260,11 @@ def host_of_walk(model: ModelSizes, process: int, *, hidden: int) -> Moment:
             Part("Python and its libraries", "measured now", process),
             Part("hidden states that do not fit the device", "windows · length · d · c", hidden),
             Part("blocks read ahead and written behind", "B · 8 stored", block * 8 * model.stored),
+            Part(
+                "values before, after and as stored",
+                "13B in modes balanced and low",
+                0 if holding.blocks else 13 * block,
+            ),
         ],
     )
 

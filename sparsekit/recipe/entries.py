@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from sparsekit.blockwise.holding import Memory
 from sparsekit.errors import nearest
 from sparsekit.evaluation.measures import Measure
 from sparsekit.formats import FORMATS
@@ -73,6 +74,7 @@ class ModelEntry(BaseModel):
     dtype: Precision = Field("auto", description="What weights are stored in; auto is the checkpoint's own.")
     compute_dtype: Precision = Field("auto", description="What forwards compute in; auto is float32 on CPU.")
     device: Annotated[str, BeforeValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    memory: Memory = Field("auto", description="What steps hold on the device: auto, fast, balanced or low.")
     trust_remote_code: bool = Field(False, description="Let the checkpoint's own Python code run.")
 
 
