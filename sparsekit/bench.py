@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.stacking import sent
 from sparsekit.blockwise.walk import Walk, resident
-from sparsekit.checkpoint import BlockState, StepStore, write_json, write_tensors
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.files import write_json, write_tensors
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS

@@ -123,8 +123,8 @@ def report(run_directory: Path, deploy: bool) -> None:
     """Write the report of a finished RUN again, with a deploy card if asked for."""
     from rich.console import Console
 
-    from sparsekit.checkpoint import read_json
     from sparsekit.deployed import add_card
+    from sparsekit.files import read_json
     from sparsekit.reporting.report import write_report
     from sparsekit.terminal.console import Terminal
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from sparsekit.checkpoint import RunLock, read_json, remove_temporaries
 from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
 from sparsekit.evaluation.deploy import DenseFigures
+from sparsekit.files import RunLock, read_json, remove_temporaries
 from sparsekit.listener import Listener
 from sparsekit.models.locate import locate
 from sparsekit.planning.fingerprint import model_digest

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sparsekit.checkpoint import read_tensors, write_tensors
 from sparsekit.errors import CheckpointError, DataError
+from sparsekit.files import read_tensors, write_tensors
 from sparsekit.text import Resolve, read_text, source_digest
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsekit.checkpoint import RunLock, StepStore, read_json
+from sparsekit.checkpoint import StepStore
 from sparsekit.errors import CheckpointError
 from sparsekit.evaluation.deploy import DenseFigures, deploy_card
 from sparsekit.evaluation.scoring import Watcher
+from sparsekit.files import RunLock, read_json
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.opening import open_view

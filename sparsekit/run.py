@@ -14,11 +14,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from sparsekit.checkpoint import RunLock, StepStore, remove_temporaries, write_text
+from sparsekit.checkpoint import StepStore
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
 from sparsekit.errors import GateError
 from sparsekit.evaluation.basis import basis
 from sparsekit.evaluation.scoring import Scoring, Twin
+from sparsekit.files import RunLock, remove_temporaries, write_text
 from sparsekit.interchange.exports import export_all
 from sparsekit.interchange.hfdir import check_place
 from sparsekit.listener import Listener

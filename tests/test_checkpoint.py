@@ -3,20 +3,9 @@ import os
 import pytest
 import torch
 
-from sparsekit.checkpoint import (
-    BlockState,
-    RunLock,
-    StepStore,
-    pack_mask,
-    read_json,
-    read_tensors,
-    remove_temporaries,
-    unpack_mask,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from sparsekit.checkpoint import BlockState, StepStore, pack_mask, unpack_mask
 from sparsekit.errors import CheckpointError
+from sparsekit.files import RunLock, read_json, read_tensors, remove_temporaries, write_bytes, write_json, write_tensors
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState

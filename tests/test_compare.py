@@ -213,7 +213,7 @@ def test_agreement_is_that_of_the_exports(compared):
     """KL and top-1 recomputed with plain Transformers from the exported weights."""
     from transformers import AutoModelForCausalLM
 
-    from sparsekit.checkpoint import read_tensors
+    from sparsekit.files import read_tensors
 
     data = json.loads((compared / "comparison.json").read_text())
     told = next(arm for arm in data["arms"] if arm["name"] == "ast-gptq")["perplexity"]["heldout"]["agreement"]

@@ -19,8 +19,8 @@ import torch
 from click.testing import CliRunner
 from crash import RECIPE, weights
 
-from sparsekit.checkpoint import RunLock
 from sparsekit.cli import main
+from sparsekit.files import RunLock
 
 ROOT = Path(__file__).parents[1]
 

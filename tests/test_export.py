@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparsekit.checkpoint import BlockState, read_json, read_tensors, unpack_mask, write_json
+from sparsekit.checkpoint import BlockState, unpack_mask
 from sparsekit.errors import CheckpointError, PatternError
+from sparsekit.files import read_json, read_tensors, write_json
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Setting
 from sparsekit.interchange import hfdir

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from sparsekit.checkpoint import read_tensors
 from sparsekit.errors import SparsekitError
+from sparsekit.files import read_tensors
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Setting
 from sparsekit.models.weights import _index

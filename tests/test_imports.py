@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsekit import load_quantized
-from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
 from sparsekit.errors import CheckpointError, ModelError, SparsekitError
+from sparsekit.files import read_json, write_json
 from sparsekit.formats import FORMATS
 from sparsekit.interchange.hfdir import sha256_file
 from sparsekit.models.chain import Chain

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 
 import sparsekit as sk
 from sparsekit.branch import Branch
-from sparsekit.checkpoint import read_json, write_json
 from sparsekit.cli import main
 from sparsekit.errors import CheckpointError, ModelError, RecipeError
 from sparsekit.evaluation import decoding
 from sparsekit.evaluation.decoding import packed_in_place, tokens_per_second
+from sparsekit.files import read_json, write_json
 from sparsekit.formats import FORMATS
 from sparsekit.inference import packed as packing
 from sparsekit.inference.decoder import Decoder

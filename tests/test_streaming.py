@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 
 from sparsekit import kept
 from sparsekit.blockwise.streaming import Ahead, Behind
-from sparsekit.checkpoint import HOST, BlockState, StepStore, Stored, write_tensors
+from sparsekit.checkpoint import HOST, BlockState, StepStore, Stored
 from sparsekit.errors import CheckpointError
+from sparsekit.files import write_tensors
 from sparsekit.state import LinearState
 
 TENSORS = {

@@ -28,9 +28,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
+from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import RecipeError
 from sparsekit.evaluation.evaluate import perplexity
+from sparsekit.files import read_json, write_json
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.recipe import Recipe

@@ -13,8 +13,9 @@ from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.stacking import sent
 from sparsekit.blockwise.walk import resident
-from sparsekit.checkpoint import BlockState, StepStore, read_json, write_json
+from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
+from sparsekit.files import read_json, write_json
 from sparsekit.ladder import check_finite
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern

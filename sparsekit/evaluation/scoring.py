@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sparsekit.checkpoint import write_json
 from sparsekit.data import entry_digest
 from sparsekit.errors import DataError, nearest
 from sparsekit.evaluation.evaluate import Agreements, lm_eval_scores, perplexity
 from sparsekit.evaluation.tasks import chosen, task_files
+from sparsekit.files import write_json
 from sparsekit.kept import sealed, sha256_file, unsealed
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.branch import Branch, attach
-from sparsekit.checkpoint import BlockState, read_json, read_tensors, write_json, write_tensors
+from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
+from sparsekit.files import read_json, read_tensors, write_json, write_tensors
 
 ADAPTER = "adapter"  # directory inside an export
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsekit import __version__
-from sparsekit.checkpoint import BlockState, write_json, write_tensors
+from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
+from sparsekit.files import write_json, write_tensors
 from sparsekit.formats.base import Format, Setting, Storage, find_setting
 from sparsekit.interchange.adapter import ADAPTER, adapter_notes, attach_adapter, branches_of, write_adapter
 from sparsekit.interchange.hfdir import (

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsekit.checkpoint import read_json, write_json
 from sparsekit.errors import CheckpointError
+from sparsekit.files import read_json, write_json
 from sparsekit.kept import sha256_file
 
 MAX_SHARD = 5 * 10**9  # bytes, the customary size of Hugging Face shards

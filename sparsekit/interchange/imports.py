@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsekit.checkpoint import read_json, read_tensors, unpack_mask
+from sparsekit.checkpoint import unpack_mask
 from sparsekit.errors import CheckpointError
+from sparsekit.files import read_json, read_tensors
 from sparsekit.formats import storage_of
 from sparsekit.interchange.hfdir import MARKER, read_config
 from sparsekit.kept import sha256_file

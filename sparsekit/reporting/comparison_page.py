@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sparsekit.checkpoint import write_json, write_text
+from sparsekit.files import write_json, write_text
 from sparsekit.reporting.charts import curve_points, error_map
 from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table, tasks_table
 from sparsekit.reporting.findings import protocols

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sparsekit.checkpoint import write_json, write_text
+from sparsekit.files import write_json, write_text
 from sparsekit.reporting.charts import curve_charts, error_map
 from sparsekit.reporting.findings import headline, memory_notes, no_gains, numerics_notes, protocols
 from sparsekit.reporting.numerals import JOINED

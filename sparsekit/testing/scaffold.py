@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from sparsekit.checkpoint import write_text
 from sparsekit.errors import PluginError
+from sparsekit.files import write_text
 from sparsekit.registry import METHODS
 
 Kind = Literal["prune", "quantize"]

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit.checkpoint import BlockState, StepStore, write_text
+from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.files import write_text
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.checkpoint import read_json, write_json
 from sparsekit.errors import CheckpointError, MethodError
+from sparsekit.files import read_json, write_json
 from sparsekit.kernels import Kernels
 from sparsekit.shortage import half, twice
 from sparsekit.training.blocks import block_outputs, compiled, recomputed, square_head

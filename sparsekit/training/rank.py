@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsekit.checkpoint import StepStore, read_json, write_json
+from sparsekit.checkpoint import StepStore
 from sparsekit.errors import CheckpointError, SparsekitError
+from sparsekit.files import read_json, write_json
 from sparsekit.models.chain import Chain
 from sparsekit.planning.peak import measured
 from sparsekit.recipe import read_recipe

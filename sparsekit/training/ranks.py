@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from sparsekit import errors
-from sparsekit.checkpoint import StepStore, read_json, write_json
+from sparsekit.checkpoint import StepStore
 from sparsekit.errors import MethodError, RecipeError, SparsekitError
+from sparsekit.files import read_json, write_json
 from sparsekit.planning.plan import PlannedStep
 
 JOB, DONE = "ranks.json", "ranks-done.json"

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sparsekit.checkpoint import read_tensors, write_json
 from sparsekit.errors import CheckpointError
+from sparsekit.files import read_tensors, write_json
 from sparsekit.kept import checksum, sealed, unsealed
 from sparsekit.training.optim import SparseAdamW
 from sparsekit.training.world import World, first_row, local
