@@ -28,6 +28,7 @@ from sparsekit.sweep import solve
 from sparsekit.sweep.obs import sweep
 
 SHAPES = ((768, 768), (2048, 768), (2048, 2048))
+SMALL = ((16, 128), (64, 64), (64, 128), (128, 64), (128, 256), (256, 256), (256, 512), (512, 256))
 BLOCK = 128
 
 
@@ -123,13 +124,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--small", action="store_true", help="small shapes, where a column costs its calls")
     parser.add_argument("--sub-block", type=int, default=solve.SUB_BLOCK)
     arguments = parser.parse_args()
     solve.SUB_BLOCK = arguments.sub_block
     rows = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for shape in SHAPES:
+        for shape in SMALL if arguments.small else SHAPES:
             for row in measured(*shape, arguments.repeats):
                 rows.append({"threads": threads, **row})
                 print(

@@ -66,10 +66,11 @@ def root_in_place(
         used = damp if rung == 1 else max(damp, 1e-4) * rung  # an undamped singular matrix needs a rung to climb
         _reversed_into(work, total, tokens, used, order)
         # LAPACK counts by columns: the upper factor of the transposed view lies in `work` as the lower one
-        torch.linalg.cholesky_ex(work.mT, upper=True, out=(work.mT, failed))
+        factor = work.mT
+        torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
         if int(failed) == 0:
             narrow = work.float()
-            del work
+            del work, factor
             return narrow.flip(0, 1), float(used)
     raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
 
