@@ -20,7 +20,7 @@ from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
-from sparsekit.planning.estimate import Estimator
+from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
 from sparsekit.planning.microbench import Bench, _extrapolated
@@ -267,3 +267,9 @@ def test_what_does_not_fit_the_budget_is_extrapolated(random_model, tmp_path):
     assert set(found) == set(sizes.blocks[0].linears)
     assert all(seconds > 0 for seconds in found.values())
     assert bench.notes
+
+
+def test_files_are_written_while_the_next_block_is_worked_on():
+    assert _overlapped(8.0, 4.0, 4) == pytest.approx(9.0)  # but for the last block's
+    assert _overlapped(1.0, 4.0, 4) == pytest.approx(4.0)
+    assert _overlapped(8.0, 4.0, 1) == pytest.approx(12.0)  # training writes at its end

@@ -144,7 +144,8 @@ class Estimator:
         method = planned.step.method
         model = method.scope == "model"
         device, host, seconds = self._train(planned, head) if model else self._walk(planned)
-        disk = sum(block_bytes(self.sizes, self.plan, planned, index) for index in range(len(self.sizes.blocks)))
+        count = len(self.sizes.blocks)
+        disk = sum(block_bytes(self.sizes, self.plan, planned, index) for index in range(count))
         kept = checkpoint_bytes(self.sizes, planned) if model else 0
         return {
             "title": planned.title,
@@ -152,7 +153,7 @@ class Estimator:
             "device": device.as_dict(),
             "host": host.as_dict(),
             "disk": disk + kept,
-            "seconds": seconds + files.seconds(len(self.sizes.blocks), disk),
+            "seconds": _overlapped(seconds, files.seconds(count, disk), 1 if model else count),
         }
 
     def _walk(self, planned: PlannedStep) -> tuple[memory.Moment, memory.Moment, float]:
@@ -283,3 +284,9 @@ class Estimator:
                 needed = part["device"]["bytes"]
                 if needed > free:
                     yield f"{part['title']} needs {needed / 1e9:.1f} GB on the device, {free / 1e9:.1f} GB are free"
+
+
+def _overlapped(working: float, files: float, blocks: int) -> float:
+    """Seconds of a step whose blocks are read and written while the next one is worked on, but for one of them."""
+    share = files / blocks
+    return max(working, files - share) + share
