@@ -94,7 +94,7 @@ def test_an_allocation_is_given_weights_where_the_statistics_are(monkeypatch):
     weights = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     view = SimpleNamespace(blocks=names, device=THERE, groups=lambda index, *sample: [names[index]])
     monkeypatch.setattr(allotment, "resident", lambda *given: nullcontext())
-    monkeypatch.setattr(allotment.Activations, "begin", lambda view, tokens: Stream(allocate.method.stats))
+    monkeypatch.setattr(allotment.Activations, "begin", lambda view, tokens, holding: Stream(allocate.method.stats))
 
     def block(index):  # as a step's file or the model's are read: on the host
         return BlockState({name: LinearState(name, weights[index]) for name in names[index]}, {})
