@@ -11,6 +11,7 @@ from sparsekit.errors import MethodError, NumericsError
 
 Steps = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 TINY = 1e-30
 
@@ -65,11 +66,56 @@ def alps(
     Deviations: as in `pcg`. An unstructured mask is chosen over the whole layer. One eigendecomposition
     for each linear, also of linears that share their input.
     """
+    return layer.updated(*solved(layer.source, gram, pattern, damp, iterations, rho, steps))
+
+
+@sk.linear_method("alps_aimed", kind="prune", stats=sk.CrossGram)
+def alps_aimed(
+    layer: sk.LinearState,
+    gram: sk.CrossGram,
+    /,
+    *,
+    pattern: sk.Pattern = sk.Pattern(2, 4),
+    share: Share = 0.5,
+    aim_damp: Positive = 0.01,
+    damp: Positive = 0.01,
+    iterations: Steps = 300,
+    rho: Positive = 0.1,
+    steps: Steps = 10,
+) -> sk.LinearState:
+    """ALPS towards the outputs of the uncompressed model, from the inputs of the compressed one.
+
+    What the layers before have lost is part of the target: W is replaced by the weight that gives
+    W x for the inputs x̂ that the layer has now, and ALPS prunes that. Meant for `schedule: group`,
+    where the inputs are those after all groups before; without it the target is a worse one.
+
+    Args:
+        pattern: "N:M", or unstructured through `sparsity`.
+        share: How far to go towards that weight; 1 is all the way, and fits the calibration text too closely.
+        aim_damp: Ridge that holds it near W, as a fraction of the mean diagonal.
+        damp: As in `alps`.
+        iterations: As in `alps`.
+        rho: As in `alps`.
+        steps: As in `alps`.
+
+    Source: Li et al. 2025, arXiv:2504.02692 (GPTAQ), for the target; Meng et al. 2024,
+        arXiv:2406.07831 (ALPS), for the pruning.
+
+    Deviations: GPTAQ quantizes, and corrects column by column on its way; here the target is solved for
+    first. As in `alps` otherwise.
+    """
+    target = gram.aimed(layer.source, aim_damp, share)
+    return layer.updated(*solved(target, gram, pattern, damp, iterations, rho, steps))
+
+
+def solved(
+    target: Tensor, gram: sk.Gram, pattern: sk.Pattern, damp: float, iterations: int, rho: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """ALPS towards a target weight [out, in]: the values and the mask. The arguments are those of `alps`."""
     matrix = damped(gram, damp)
     norm = matrix.diagonal().sqrt()
-    keep = support(layer.source * norm, matrix / norm / norm.unsqueeze(1), pattern, rho, iterations)
-    start = layer.source.masked_fill(~keep, 0.0)
-    return layer.updated(refined(layer.source, start, keep, damped(gram, 1e-6), steps), keep)
+    keep = support(target * norm, matrix / norm / norm.unsqueeze(1), pattern, rho, iterations)
+    return refined(target, target.masked_fill(~keep, 0.0), keep, damped(gram, 1e-6), steps), keep
 
 
 def damped(gram: sk.Gram, damp: float) -> Tensor:

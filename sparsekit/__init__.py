@@ -20,6 +20,7 @@ _EXPORTS = {
     "Statistic": "stats",
     "InputNorm": "stats",
     "Gram": "stats",
+    "CrossGram": "crossgram",
     "linear_method": "registry",
     "group_method": "registry",
     "model_method": "registry",
@@ -42,6 +43,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
+    from sparsekit.crossgram import CrossGram as CrossGram
     from sparsekit.errors import SparsekitError as SparsekitError
     from sparsekit.inference.load import load as load
     from sparsekit.evaluation.measures import Forward as Forward, evaluator as evaluator

@@ -24,8 +24,15 @@ from sparsekit.testing.wholes import _allotted, same_elsewhere
 PLUGINS = Path(__file__).parents[1] / "plugins"
 ERK = PLUGINS / "sparsekit-erk/src/sparsekit_erk/__init__.py"
 BUILT_IN = [(None, name) for name in ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq")]
-FROM_FILES = [("ria", "ria"), ("random_nm", "random_nm"), ("dsnot", "dsnot"), ("alps", "alps"), ("alps", "pcg")]
-QUICK = {"alps": {"iterations": 6}, "awq": {"grid": 3}}
+FROM_FILES = [
+    ("ria", "ria"),
+    ("random_nm", "random_nm"),
+    ("dsnot", "dsnot"),
+    ("alps", "alps"),
+    ("alps", "pcg"),
+    ("alps", "alps_aimed"),
+]
+QUICK = {"alps": {"iterations": 6}, "alps_aimed": {"iterations": 6}, "awq": {"grid": 3}}
 
 
 def subject(name, file=None):

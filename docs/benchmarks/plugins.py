@@ -21,7 +21,12 @@ from typing import Any
 from sparsekit.evaluation.paired import Change, perplexity_change
 
 ROOT = Path(__file__).parents[2]
-COMPARISONS = {"2to4": "pruners_2to4", "70": "pruners_70", "permuted": "permuted_2to4"}  # the last needs scipy
+COMPARISONS = {
+    "2to4": "pruners_2to4",
+    "70": "pruners_70",
+    "permuted": "permuted_2to4",  # needs scipy
+    "oneshot": "oneshot_2to4",
+}
 STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds")
 
 

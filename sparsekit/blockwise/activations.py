@@ -36,6 +36,7 @@ class Activations:
         block: Index of the block they enter.
         tokens: What they come from, int [samples, seq_len].
         remarks: What ran out of memory, for the report; whoever tells it takes it away.
+        entered: The windows that entered a block last.
     """
 
     view: ModelView
@@ -46,6 +47,7 @@ class Activations:
     block: int = 0
     remarks: list[str] = field(default_factory=list)
     holding: Holding = HOLDINGS["auto"]
+    entered: slice = field(default_factory=lambda: slice(0, 0))
 
     @classmethod
     def begin(cls, view: ModelView, tokens: Tensor, holding: Holding = HOLDINGS["auto"]) -> Activations:
@@ -61,7 +63,7 @@ class Activations:
             calls.setdefault(len(part), found)
             if hidden is None:
                 shape = (samples, length, entered.shape[-1])
-                hidden = torch.empty(shape, dtype=entered.dtype, **_home(shape, entered, holding))
+                hidden = torch.empty(shape, dtype=entered.dtype, **home(shape, entered, holding))
             hidden[start : start + len(part)] = entered
         assert hidden is not None  # a text entry holds at least one window
         return cls(view, hidden, calls, micro_batch, tokens, holding=holding)
@@ -72,6 +74,7 @@ class Activations:
 
     def enter(self, index: int, part: slice) -> tuple[Tensor, Call]:
         """Some windows entering a block, and what the block is called with besides."""
+        self.entered = part
         size = part.stop - part.start
         if size not in self.calls:  # after a shortage of memory
             self.calls[size] = self.view.begin(self.tokens[:size].long().to(self.view.device))[1]
@@ -106,7 +109,7 @@ class Activations:
         linears = self.view.linears(index)
         statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
         handles = [
-            linears[group[0]].register_forward_pre_hook(_feeder(statistic, finite=finite))
+            linears[group[0]].register_forward_pre_hook(self.feeder(group[0], statistic, finite=finite))
             for group, statistic in zip(groups, statistics, strict=True)
         ]
         try:
@@ -116,6 +119,18 @@ class Activations:
             for handle in handles:
                 handle.remove()
         return statistics
+
+    def feeder(
+        self, name: str, statistic: Statistic, *, finite: bool
+    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A hook at the input of the group that begins with the linear `name`: adds its tokens to a statistic."""
+
+        def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            (x,) = arguments
+            rows = x.detach().reshape(-1, x.shape[-1])
+            statistic.update(rows[torch.isfinite(rows).all(-1)] if finite else rows)
+
+        return feed
 
     def advance(self, index: int) -> None:
         """Replace the buffer by what the resident block makes of it, unless `advance_settling` has done so."""
@@ -163,7 +178,7 @@ class Activations:
         def feed(group: int, x: Tensor) -> None:
             if group not in statistics:
                 statistics[group] = kind.empty(doors[group].in_features, self.view.device)
-            _feeder(statistics[group])(doors[group], (x,))
+            self.feeder(groups[group][0], statistics[group], finite=False)(doors[group], (x,))
 
         def settle_and_drop(group: int) -> None:
             known = group in statistics  # not if no token reached it
@@ -192,16 +207,7 @@ def waiting_bytes(width: int, widest: int, element: int) -> int:
     return (WAITING_WIDTHS * width + widest) * element
 
 
-def _feeder(statistic: Statistic, *, finite: bool = False) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        (x,) = arguments
-        rows = x.detach().reshape(-1, x.shape[-1])
-        statistic.update(rows[torch.isfinite(rows).all(-1)] if finite else rows)
-
-    return feed
-
-
-def _home(shape: tuple[int, int, int], like: Tensor, holding: Holding) -> dict[str, Any]:
+def home(shape: tuple[int, int, int], like: Tensor, holding: Holding) -> dict[str, Any]:
     """Where a buffer of that shape is kept; on the host it is page-locked, so that a device copies at full speed."""
     size = shape[0] * shape[1] * shape[2] * like.element_size()
     if like.device.type != "cuda" or on_device(size, like.device, holding):

@@ -19,9 +19,11 @@ from torch import Tensor
 from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain
+from sparsekit.blockwise.pairing import PairedActivations
 from sparsekit.blockwise.stacking import at_once, in_pieces, placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import HOST, BlockState, StepStore
+from sparsekit.crossgram import Paired
 from sparsekit.errors import MethodError
 from sparsekit.ladder import UNREACHED, Ladder
 from sparsekit.models.groups import Producer
@@ -86,10 +88,12 @@ class Walk:
         if self.method.stats is not None:
             if self.tokens is None:
                 raise MethodError(f"{self.method.name} needs calibration data")
-            stream = Activations.begin(self.view, self.tokens, self.holding)
+            kind = PairedActivations if issubclass(self.method.stats, Paired) else Activations
+            stream = kind.begin(self.view, self.tokens, self.holding)
         with Behind(self.store) as behind:
             for index in range(total):
                 stored = self.store.stored(index)
+                self._look(index, stream, keep=stored is None)
                 if stored is None:
                     block = self.compressed(index, self._given(index), stream)
                     after = behind.commit(index, block, as_json(self._records, stream.remarks if stream else []))
@@ -101,6 +105,13 @@ class Walk:
                         stream.advance(index)
                 del after  # or it is held until the next block is done
                 self.progress(index + 1, total)
+
+    def _look(self, index: int, stream: Activations | None, *, keep: bool) -> None:
+        """Show a stream of two models the block as it was: what the method's target is computed with."""
+        if isinstance(stream, PairedActivations):
+            source = self.reference if self.method.dense and self.reference is not None else self.before
+            with resident(self.view, index, source(index)):
+                stream.look(index, keep=keep)
 
     def _given(self, index: int) -> BlockState:
         """A block before the step, its linears with their dense values if the method asks for them."""

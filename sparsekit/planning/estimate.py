@@ -165,7 +165,8 @@ class Estimator:
         on_device = not self.sizes.cuda or kept_on_device(hidden, self.view.device, holding)
         in_order = planned.step.schedule == "group"
         waiting = 0
-        if in_order and planned.step.method.scope == "linear" and holding.waits:
+        other = memory.paired_bytes(self.sizes, kind, samples, seq_len)  # goes group by group, and nothing waits
+        if in_order and not other and planned.step.method.scope == "linear" and holding.waits:
             widest = max(self.sizes.largest.inputs())
             waiting = samples * seq_len * waiting_bytes(self.sizes.width, widest, self.sizes.computed)
             waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
@@ -175,7 +176,8 @@ class Estimator:
             samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
             holding=holding,
         )  # fmt: skip
-        host = memory.host_of_walk(self.sizes, self.process, hidden=0 if on_device else hidden, holding=holding)
+        held = 0 if on_device else hidden + other
+        host = memory.host_of_walk(self.sizes, self.process, hidden=held, holding=holding)
         block, tokens = self.sizes.largest, samples * seq_len
         solving = sum(self.bench.method_seconds(planned, block).values())
         passes = 0.0

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.blockwise.holding import HOLDINGS, Holding
+from sparsekit.crossgram import CrossGram, Paired
 from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.kernels.oneshot import WIDE
@@ -103,7 +104,16 @@ def statistic_bytes(kind: type[Any] | None, inputs: int) -> int:
     """One group's statistic."""
     if kind is Gram:
         return 4 * inputs * inputs + 4 * inputs
+    if kind is CrossGram:
+        return 8 * inputs * inputs + 4 * inputs
     return 4 * inputs if kind is InputNorm else 0
+
+
+def paired_bytes(model: ModelSizes, kind: type[Any] | None, samples: int, seq_len: int) -> int:
+    """What a statistic of two models has beside the hidden states: the other's, and what reaches its linears."""
+    if kind is None or not issubclass(kind, Paired):
+        return 0
+    return samples * seq_len * (model.width + sum(model.largest.inputs())) * model.computed
 
 
 def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, tokens: int) -> int:
@@ -119,6 +129,8 @@ def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, t
         return (4 if model.computed >= 4 else 8) * tokens * inputs
     if kind is InputNorm:
         return 0
+    if kind is CrossGram:  # both inputs and their difference in float32
+        return 16 * tokens * inputs
     if kind is not Gram:
         return 16 * tokens * inputs
     if model.computed >= 4 or (inputs >= WIDE and inputs % 8 == 0):
@@ -191,6 +203,8 @@ def _calibration(
     if kind is not None and on_device:
         buffer = samples * seq_len * model.width * c
         found.append(Part("hidden states of all windows", "windows · length · d · c", buffer))
+        if paired := paired_bytes(model, kind, samples, seq_len):
+            found.append(Part("the model before the step beside them", "windows · length · (d + Σn) · c", paired))
     if waiting:
         found.append(Part("micro-batches that wait for a group", "windows · length · (6d + n) · c", waiting))
     if waiting and model.cuda:
@@ -221,7 +235,7 @@ def _solving(
         each = SWEEP.get(method, SCORE)
         found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * pieces + whole)]))
         # CUDA: some columns of H, both parts of them and a product
-        matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind is Gram else 0
+        matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram) else 0
         error = Part(
             "error of one linear",
             f"{VERIFY}N + a Gram matrix",

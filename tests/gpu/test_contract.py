@@ -35,7 +35,14 @@ def test_built_in_methods_agree(name):
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("ria", "ria"), ("random_nm", "random_nm"), ("dsnot", "dsnot"), ("alps", "alps"), ("alps", "pcg")],
+    [
+        ("ria", "ria"),
+        ("random_nm", "random_nm"),
+        ("dsnot", "dsnot"),
+        ("alps", "alps"),
+        ("alps", "pcg"),
+        ("alps", "alps_aimed"),
+    ],
 )
 def test_plugins_agree(file, name):
     devices(subject(name, PLUGINS / f"{file}.py"))

@@ -223,6 +223,28 @@ def test_alps_unstructured_has_the_sparsity_asked_for():
     assert float((pruned.weight == 0).float().mean()) == pytest.approx(0.7, abs=0.005)
 
 
+def test_alps_aimed_is_near_the_best_of_all_masks_for_the_dense_models_outputs():
+    ratios = {"alps_aimed": [], "half": [], "alps": []}
+    for seed in range(6):
+        x, given = inputs(columns=12, tokens=200, seed=seed), layer(rows=4, columns=12, seed=seed)
+        now = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(seed)))
+        gram = sk.CrossGram.empty(12, CPU)
+        gram.pair(x, now)
+        outputs = x.double() @ given.source.double().t()
+        free = torch.linalg.lstsq(now.double(), outputs).solution.t()
+        rest = (outputs - now.double() @ free.t()).square().sum() / len(x)
+        matrix = now.double().t() @ now.double() / len(x)
+        least = float(rest) + sum(best_of_all(row, matrix, Pattern(2, 4)) for row in free)
+        for name, share in (("alps_aimed", {"share": 1.0}), ("half", {"share": 0.5}), ("alps", {})):
+            found = method("alps", "alps" if name == "alps" else "alps_aimed").function(given, gram, **share)
+            lost = (outputs - now.double() @ found.weight.double().t()).square().sum() / len(x)
+            ratios[name].append(float(lost) / least)
+    full, half, none = (sum(found) / 6 for found in ratios.values())
+    assert min(ratios["alps_aimed"]) >= 1 - 1e-4  # nothing is better than the best of all
+    assert full < 1.2
+    assert full < half < none
+
+
 # OWL
 
 

@@ -1,0 +1,97 @@
+"""A Gram matrix that also knows what the inputs were before anything upstream was compressed."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import NumericsError
+from sparsekit.stats import Gram
+
+
+@runtime_checkable
+class Paired(Protocol):
+    """A statistic that compares a layer's inputs with those of the model as it was before the step.
+
+    The walk over blocks then keeps the activations of both models, and calls `pair` in place of
+    `update`. `update` alone means that the two do not differ.
+    """
+
+    def pair(self, dense: Tensor, x: Tensor) -> None:
+        """Add tokens: [tokens, in] in the model before the step, and the same tokens as they are now."""
+        ...
+
+
+class CrossGram(Gram):
+    """Sum of x̂ x̂ᵀ over tokens as in `Gram`, with x̂ the inputs of the compressed model, and of (x - x̂) x̂ᵀ.
+
+    Attributes:
+        drift: Sum of (x - x̂) x̂ᵀ, float32 [in, in], x the inputs of the model before the step. The
+            difference is summed, and not x x̂ᵀ, as it is the small one: nothing cancels later.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.drift = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def pair(self, dense: Tensor, x: Tensor) -> None:
+        """Add tokens, [tokens, in] both, in any float dtype."""
+        self.update(x)
+        now = x.float()
+        self.drift.addmm_((dense.to(x.device).float() - now).t(), now)
+
+    def merge(self, other: CrossGram) -> None:
+        """Add another accumulator's sums."""
+        super().merge(other)
+        self.drift += other.drift.to(self.drift.device)
+
+    @property
+    def broken(self) -> Tensor:
+        """Channels with a sum that is inf or NaN, bool [in]."""
+        infinite = ~torch.isfinite(self.drift)
+        return super().broken | infinite.all(0) | infinite.all(1)
+
+    def without(self, inputs: Tensor) -> CrossGram:
+        """The same with the channels bool [in] uncorrelated, as large as the largest of the others, and not moved."""
+        other = self._of(super().without(inputs))
+        other.drift = self.drift.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
+        return other
+
+    def diagonal(self) -> CrossGram:
+        """The same without its correlations, nothing moved; the unit matrix when no channel is finite."""
+        return self._of(super().diagonal())
+
+    @staticmethod
+    def _of(gram: Gram) -> CrossGram:
+        other = CrossGram(len(gram.sum), gram.sum.device)
+        other.tokens, other.ladder, other.sum, other.absolute = gram.tokens, gram.ladder, gram.sum, gram.absolute
+        return other
+
+    def aimed(self, weight: Tensor, damp: float, share: float = 1.0) -> Tensor:
+        """The weight that does for the inputs as they are now what `weight` did for those before the step.
+
+        W + share · W D (H + damp·mean(diag H)·I)⁻¹ with D the mean of (x - x̂) x̂ᵀ: for share 1 the
+        minimum of ||W x - V x̂||² + damp·mean(diag H)·||V - W||² over V.
+
+        Args:
+            weight: W, float32 [out, in].
+            damp: Ridge as a fraction of the mean diagonal.
+            share: How far to go, 0 to 1.
+        Returns:
+            V, float32 [out, in].
+        Raises:
+            NumericsError: H is not positive definite, or not finite.
+        Source: Li et al. 2025, arXiv:2504.02692 (GPTAQ), asymmetric calibration; solved at once here.
+        """
+        matrix = self.matrix.double()
+        level = damp * matrix.diagonal().mean()
+        matrix.diagonal().add_(level)
+        matrix.diagonal()[self.dead] = 1.0
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed) or not bool(torch.isfinite(lower).all()):
+            raise NumericsError(f"the Gram matrix is not positive definite with damping {damp:g}")
+        moved = weight.double() @ (self.drift.double() / max(self.tokens, 1))
+        shift = torch.cholesky_solve(moved.t(), lower).t()
+        return (weight.double() + share * shift).float()
