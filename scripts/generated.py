@@ -260,6 +260,47 @@ ABLATION = {  # arm of recipes/ast: what it is
 DEFAULTS = "b32 grad kl1 T1 lr2e-3"  # the arm of ast_settings_h100.json with the settings that are the defaults now
 
 
+def ast_quantized() -> str:
+    """What training on integer grids gave, beside its rivals."""
+    found = json.loads((ROOT / "docs/benchmarks/ast_quantized_h100.json").read_text())
+    lines = ["| kept values | pattern | tokens | valid | to dense | bits a weight | of FP32 |", "|---" * 7 + "|"]
+    for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
+        grid = f"{arm['bits']} bits" + (", odd levels" if arm["levels"] == "odd" else "")
+        to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
+        lines.append(
+            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "
+            f"| {bits:.2f} | {32 / bits:.1f} × smaller |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def decode_linears() -> str:
+    """Times of a block's linears from packed weights, beside bf16 and the dense integers."""
+    found = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())
+    ours, ways = "2:4 + int4", {"bf16": "cuBLAS bf16", "int4": "int4", "tinygemm": "torch's int4"}
+    heading = ["block of", "tokens", "2:4 + int4", *(f"{way} (times ours)" for way in ways.values())]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for shape in ("7b", "70b"):
+        for batch, times in found[shape]["linears"]["block"]["batches"].items():
+            rest = [f"{times[way]['us']:.0f} µs ({times[way]['us'] / times[ours]['us']:.2f})" for way in ways]
+            lines.append(f"| Llama {shape.upper()} | {batch} | {times[ours]['us']:.0f} µs | {' | '.join(rest)} |")
+    return "\n".join(lines) + "\n"
+
+
+def decode_model() -> str:
+    """A whole model of Llama 7B's shape: milliseconds of a token and of a prompt, gigabytes."""
+    runs = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())["7b"]["models"]
+    lines = ["| 7B shape | bf16 | 2:4 + int4 | |", "|---|---|---|---|"]
+    rows = [(f"a token, batch {batch}", runs["model"], f", batch {batch}", "ms", 1.0) for batch in (1, 16)]
+    rows.append(("a prompt of 2,048 tokens", runs["prefill"], "", "ms", 1.0))
+    rows.append(("device memory", runs["memory"], "", "allocated", 1e9))
+    for title, table, suffix, key, unit in rows:
+        dense, packed = (table[f"{form}{suffix}"][key] / unit for form in ("bf16", "2:4 + int4"))
+        name = "GB" if unit > 1 else "ms"
+        lines.append(f"| {title} | {dense:.2f} {name} | {packed:.2f} {name} | {dense / packed:.2f} × |")
+    return "\n".join(lines) + "\n"
+
+
 def ast_ablation() -> str:
     """What each part of AST is worth, as in the paper's Table 4."""
     folder = ROOT / "docs/benchmarks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -204,14 +205,17 @@ class Decoder:
 @contextmanager
 def _unasking(wanted: bool) -> Iterator[None]:
     """Make an error of whatever waits for the device: a step that does cannot be recorded, and trying breaks things."""
-    before = torch.cuda.get_sync_debug_mode() if wanted else 0
-    if wanted:
+    if not wanted:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        if wanted:
-            torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class StepLayer(StaticLayer):  # type: ignore[misc]  # transformers is not checked

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sparsekit.inference.packed import PackedWeight
 
-MAX_TOKENS = 32
+AT_ONCE = 32  # tokens of a launch
+MAX_TOKENS = 96  # three launches take less time than to dequantize a weight once, then cuBLAS (H100, 7B and 70B)
 ROW_TILE, INPUTS = 16, 128  # of a unit
 PADDED_ROWS = 64  # the most rows a block of the kernel takes
 DTYPES = (torch.float16, torch.bfloat16)
@@ -120,6 +121,9 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
     Returns:
         [tokens, out], the dtype of x; sums are float32.
     """
+    if len(x) > AT_ONCE:
+        starts = range(0, len(x), AT_ONCE)
+        return torch.cat([multiply(x[start : start + AT_ONCE], weight, setting) for start in starts])
     tokens, (out, columns) = x.shape[0], weight.shape
     row_tiles, units = weight.units.shape[:2]
     cut = setting or choose(tokens, row_tiles, _processors(x.device))

@@ -5,7 +5,7 @@ import torch
 from packed import random_packed
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import DTYPES, MAX_TOKENS, Setting, arrange, expand, multiply
+from sparsekit.kernels.decode import AT_ONCE, DTYPES, MAX_TOKENS, Setting, arrange, expand, multiply
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(40, 160, 32, True), (192, 1024, 64, True), (1024, 4096, 128, True), (4096, 1408, 128, True),
@@ -21,7 +21,7 @@ def test_products_are_right_and_repeat(
 ) -> None:
     packed = random_packed(out, columns, group_size, sparse, "cuda")
     weight, full = arrange(packed), dequantize(packed, torch.float64)
-    for tokens in (1, 3, 8, 9, 16, MAX_TOKENS):
+    for tokens in (1, 3, 8, 9, 16, AT_ONCE, MAX_TOKENS):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         expected = x.double() @ full.T
         for cut in CUTS:
