@@ -19,7 +19,7 @@ import click
 
 from sparsekit.cli import main
 from sparsekit.recipe import Recipe
-from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Redo, Tasks, TextEntry
+from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Pages, Redo, Tasks, TextEntry
 from sparsekit.registry import BUILT_IN, METHODS, Method
 from sparsekit.terminal.console import type_name
 from sparsekit.testing import PROPERTIES
@@ -37,6 +37,7 @@ SECTIONS = {
     "evaluate.gates.redo": Redo,
     "evaluate.lm_eval": Tasks,
     "export": Exports,
+    "report": Pages,
 }
 
 

@@ -29,6 +29,7 @@ _EXPORTS = {
     "evaluator": "evaluation.measures",
     "Forward": "evaluation.measures",
     "export_format": "formats",
+    "report_section": "reporting.sections",
     "Setting": "formats.base",
     "Method": "registry",
     "METHODS": "registry",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from sparsekit.inference.load import load as load
     from sparsekit.evaluation.measures import Forward as Forward, evaluator as evaluator
     from sparsekit.formats import export_format as export_format
+    from sparsekit.reporting.sections import report_section as report_section
     from sparsekit.formats.base import Setting as Setting
     from sparsekit.interchange.imports import load_quantized as load_quantized
     from sparsekit.pattern import Pattern as Pattern

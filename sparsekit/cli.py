@@ -159,19 +159,20 @@ def inspect(model: str, pattern: str | None, as_json: bool) -> None:
 @_plugin
 @named_errors
 def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
-    """List the methods, export formats and evaluators, or show what is called NAME."""
+    """List the methods, export formats, evaluators and report sections, or show what is called NAME."""
     from rich.console import Console
 
     from sparsekit.evaluation.measures import EVALUATORS
     from sparsekit.formats import FORMATS
     from sparsekit.registry import METHODS
+    from sparsekit.reporting.sections import SECTIONS
     from sparsekit.shelf import Shelf
     from sparsekit.terminal.console import method_page, methods_table, shelf_page, shelves_table
 
     for path in plugins:
         METHODS.load_path(path)
     console = Console()
-    shelves: tuple[Shelf[Any], ...] = (FORMATS, EVALUATORS)
+    shelves: tuple[Shelf[Any], ...] = (FORMATS, EVALUATORS, SECTIONS)
     if name is None:
         console.print(methods_table(METHODS), "", shelves_table(shelves), sep="\n", highlight=False)
         return

@@ -1,4 +1,4 @@
-"""What else plugins bring: export formats and evaluators, by name, through the same door as methods.
+"""What else plugins bring: export formats, evaluators and report sections, by name, through the same door as methods.
 
 `METHODS.load_path` and the entry points of `sparsekit.plugins` run a plugin's file; its decorators put
 things here. Which file that was, and its sha256, go into the plan and the report.

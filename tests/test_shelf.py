@@ -19,6 +19,7 @@ from sparsekit.formats import FORMATS, export_format
 from sparsekit.formats.own import Own
 from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
+from sparsekit.reporting.sections import SECTIONS
 from sparsekit.shelf import Origin, Shelf
 from sparsekit.testing import check_format
 
@@ -31,6 +32,7 @@ def _shelves(monkeypatch):
     """No trace of a test's formats after it."""
     monkeypatch.setattr(FORMATS, "_things", dict(FORMATS.items()))
     monkeypatch.setattr(EVALUATORS, "_things", dict(EVALUATORS.items()))
+    monkeypatch.setattr(SECTIONS, "_things", dict(SECTIONS.items()))
     monkeypatch.setattr(METHODS, "_loaded", set(METHODS._loaded))
 
 
@@ -270,3 +272,63 @@ def test_evaluators_that_do_not_keep_their_word_are_named():
         evaluator("wrong")(lambda forward, windows, /, *, text: {})
     with pytest.raises(PluginError, match="lower case"):
         evaluator("Wrong")
+
+
+SECTION = '''"""A section."""
+import sparksekit as sk
+
+
+@sk.report_section("where_time_went")
+def where_time_went(report):
+    """Seconds of each <b>step</b>."""
+    return [{{"step": step["method"] + " <i>", "seconds": step["seconds"], "note": None}} for step in report["steps"]]
+
+
+@sk.report_section("wrong")
+def wrong(report):
+    return {wrong}
+'''.replace("sparksekit", "sparsekit")
+SECTIONED = """\
+name: one
+output: {output}
+plugins: [{plugin}]
+model: {{path: {model}, device: cpu}}
+steps: [{{method: magnitude, pattern: "2:4"}}]
+export: {{formats: []}}
+report: {{sections: [{sections}]}}
+"""
+
+
+def sectioned(tmp_path: Path, model: Path, sections: str, wrong: str = "[]") -> Path:
+    plugin, path = tmp_path / "sections.py", tmp_path / "one.yaml"
+    plugin.write_text(SECTION.format(wrong=wrong))
+    path.write_text(SECTIONED.format(output=tmp_path / "one", plugin=plugin, model=model, sections=sections))
+    return path
+
+
+def test_a_section_stands_in_the_report_escaped_and_in_the_plan(random_model, tmp_path):
+    assert told("run", str(sectioned(tmp_path, random_model, "where_time_went"))).startswith("0 ")
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    (section,) = report["sections"]
+    assert section["caption"] == "Where time went"
+    assert section["rows"] == [{"step": "magnitude <i>", "seconds": report["steps"][0]["seconds"], "note": None}]
+    assert any("report section where_time_went runs plugin where_time_went" in note for note in report["notes"])
+    page, text = ((tmp_path / "one" / name).read_text() for name in ("report.html", "report.md"))
+    assert "magnitude &lt;i&gt;" in page and "<i>" not in page and "&lt;b&gt;step" in page
+    assert "## Where time went" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "wrong", "message"),
+    [
+        ("where_time_wend", "[]", "no report section 'where_time_wend'; there is .*Did you mean 'where_time_went'"),
+        ("wrong", "1 / 0", "report section wrong failed: ZeroDivisionError"),
+        ("wrong", "7", "report section wrong failed: TypeError"),
+        ("wrong", "[{'a': 1}, {'b': 2}]", "report section wrong: columns"),
+        ("wrong", "[{'a': [1]}]", "report section wrong: a is \\[1\\], expected text or a number"),
+        ("wrong", "[{'a': float('nan')}]", "report section wrong: a is nan, expected a finite number"),
+    ],
+)
+def test_a_section_that_is_none_ends_the_run_by_name(random_model, tmp_path, sections, wrong, message):
+    answer = told("run", str(sectioned(tmp_path, random_model, sections, wrong)))
+    assert answer.startswith("2 ") and re.search(message, " ".join(answer.split())), answer

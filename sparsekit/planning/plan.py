@@ -19,6 +19,7 @@ from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
 from sparsekit.recipe import Recipe, Step
+from sparsekit.reporting.sections import SECTIONS
 from sparsekit.shelf import Named, foreign_code
 
 
@@ -136,7 +137,8 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     if coverage.share < recipe.coverage:
         raise CoverageError(_uncovered(coverage, recipe.coverage))
     formats: dict[str, Named] = {f"export {name}": FORMATS[name] for name in recipe.export.formats}
-    used = {**formats, **code_of(recipe.evaluate.measures)}
+    sections: dict[str, Named] = {f"report section {name}": SECTIONS[name] for name in recipe.report.sections}
+    used = {**formats, **code_of(recipe.evaluate.measures), **sections}
     return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps), *foreign_code(used)])
 
 

@@ -11,6 +11,7 @@ from sparsekit.errors import nearest
 from sparsekit.evaluation.measures import Measure
 from sparsekit.formats import FORMATS
 from sparsekit.ladder import Rung
+from sparsekit.reporting.sections import SECTIONS
 from sparsekit.units import Count, Fraction
 
 BUILT_IN_TEXTS = ("calibration", "heldout", "train")
@@ -48,6 +49,14 @@ def _format(value: Any) -> Any:
     if not isinstance(value, str) or value not in FORMATS:
         hint = nearest(value, FORMATS) if isinstance(value, str) else ""
         raise ValueError(f"format {value!r} is not one of {', '.join(FORMATS)}.{hint}")
+    return value
+
+
+def _section(value: Any) -> Any:
+    if not isinstance(value, str) or value not in SECTIONS:
+        there = ", ".join(SECTIONS) or "none: report sections come from plugins"
+        hint = nearest(value, SECTIONS) if isinstance(value, str) else ""
+        raise ValueError(f"no report section {value!r}; there is {there}.{hint}")
     return value
 
 
@@ -176,3 +185,13 @@ class Exports(BaseModel):
 
     formats: list[Format] = Field(["dense"])
     directory: Text | None = Field(None, description="Default: export/ in the output directory.")
+
+
+class Pages(BaseModel):
+    """What the report shows besides what every report shows."""
+
+    model_config = STRICT
+
+    sections: list[Annotated[str, BeforeValidator(_section)]] = Field(
+        default_factory=list, description="Report sections of plugins, in order."
+    )

@@ -9,7 +9,18 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr
 
-from sparsekit.recipe.entries import STRICT, Exports, FileName, Measurements, ModelEntry, Numerics, Seed, Text, Texts
+from sparsekit.recipe.entries import (
+    STRICT,
+    Exports,
+    FileName,
+    Measurements,
+    ModelEntry,
+    Numerics,
+    Pages,
+    Seed,
+    Text,
+    Texts,
+)
 from sparsekit.recipe.step import Step
 from sparsekit.recipe.yamllines import Document
 from sparsekit.units import Fraction
@@ -24,7 +35,7 @@ class Recipe(BaseModel):
     seed: Seed = 0
     output: Text | None = Field(None, description="Directory of the run; default runs/NAME.")
     plugins: list[Text] = Field(
-        default_factory=list, description="Python files with methods, export formats and evaluators."
+        default_factory=list, description="Python files with methods, export formats, evaluators and report sections."
     )
     allow_network: bool = Field(False, description="Let models and texts be downloaded.")
     coverage: Annotated[Fraction, Field(le=1)] = Field(
@@ -36,6 +47,7 @@ class Recipe(BaseModel):
     steps: list[Step] = Field(description="In order; an empty list measures and exports the model as it is.")
     evaluate: Measurements = Field(default_factory=Measurements)
     export: Exports = Field(default_factory=Exports)
+    report: Pages = Field(default_factory=Pages)
 
     _document: Document = PrivateAttr(default_factory=Document)
 

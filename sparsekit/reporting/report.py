@@ -29,6 +29,7 @@ from sparsekit.reporting.tables import (
     measures_table,
     pair_table,
     perplexity_table,
+    section_table,
     step_table,
     task_table,
 )
@@ -110,6 +111,9 @@ def view(report: Record) -> dict[str, Any]:
         "gate_table": gate_table(gates) if gates else None,
         "task_table": task_table(report["tasks"]) if report["tasks"] else None,
         "measures_table": measures_table(report["measures"]) if report.get("measures") else None,
+        "sections": [
+            {"about": section["about"], "table": section_table(section)} for section in report.get("sections", [])
+        ],
         "environment_table": pair_table("Environment", _environment(report)),
         "recipe": report["recipe"],
     }
@@ -154,6 +158,7 @@ def markdown(report: Record) -> str:
         seen["coverage_table"],
         seen["task_table"],
         seen["measures_table"],
+        *(section["table"] for section in seen["sections"]),
         seen["environment_table"],
     ]
     notes = [*seen["notes"], *chain.from_iterable(export["notes"] for export in seen["exports"])]

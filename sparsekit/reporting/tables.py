@@ -312,6 +312,21 @@ def measures_table(measures: Record) -> Table:
     return Table("Measures", [*_titles("measure", "number"), *numbers("dense", "final")], rows)
 
 
+def section_table(section: Record) -> Table:
+    """A section of a plugin; a column of numbers alone stands to the right."""
+    rows = section["rows"]
+    names = list(rows[0]) if rows else ["nothing to show"]
+    columns = [Column(name, number=not any(isinstance(row[name], str) for row in rows)) for name in names if rows]
+    cells = [[_plain_cell(row[name]) for name in names] for row in rows]
+    return Table(section["caption"], columns or _titles(*names), cells, wraps=True)
+
+
+def _plain_cell(value: str | float | None) -> Cell:
+    if value is None:
+        return Cell("–", tone="quiet")
+    return Cell(value) if isinstance(value, str) else Cell(significant(value, 4), str(value))
+
+
 def measured_cell(value: float | None) -> Cell:
     """A number of an evaluator."""
     return Cell("–", "not measured", "quiet") if value is None else Cell(significant(value, 4), str(value))

@@ -1,0 +1,90 @@
+"""Sections a plugin adds to the report: a function of the report's data that returns rows of a table.
+
+A recipe names them: `report: {sections: [slowest_steps]}`. The rows are stored in report.json, so the pages
+can be written again without the plugin.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sparsekit.errors import PluginError
+from sparsekit.shelf import Origin, Shelf
+
+Rows = Iterable[Mapping[str, str | int | float | None]]
+F = TypeVar("F", bound=Callable[[Mapping[str, Any]], Rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A registered section.
+
+    Attributes:
+        name: What a recipe writes.
+        function: From the data of report.json to rows.
+        origin: Where it is defined.
+    """
+
+    name: str
+    function: Callable[[Mapping[str, Any]], Rows]
+    origin: Origin
+
+    @property
+    def doc(self) -> str | None:
+        """About it; the first line stands under the table."""
+        return inspect.getdoc(self.function)
+
+    def of(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """What is stored: `caption`, `about`, and `rows` with the same columns each.
+
+        Raises:
+            PluginError: It failed, or what it returned is no table.
+        """
+        try:
+            rows = [dict(row) for row in self.function(report)]
+        except Exception as error:
+            raise PluginError(f"report section {self.name} failed: {type(error).__name__}: {error}") from error
+        for row in rows:
+            if row.keys() != rows[0].keys():
+                raise PluginError(f"report section {self.name}: columns {list(row)} and {list(rows[0])} in one table")
+            for key, value in row.items():
+                if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+                    raise PluginError(f"report section {self.name}: {key} is {value!r}, expected text or a number")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise PluginError(f"report section {self.name}: {key} is {value}, expected a finite number")
+        about = (self.doc or "").partition("\n")[0]
+        return {"caption": self.name.replace("_", " ").capitalize(), "about": about, "rows": rows}
+
+
+SECTIONS: Shelf[Section] = Shelf("report section")
+
+
+def report_section(name: str) -> Callable[[F], F]:
+    """Register `f(report) -> rows` as a section of the report.
+
+    `report` is what report.json holds; a row is a mapping from column to text, number or None, and all rows have
+    the same columns. Text is shown as it is, markup in it escaped.
+
+    Args:
+        name: What a recipe writes, and, with spaces, the caption.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise PluginError(f"report section name {name!r} must be lower case letters, digits and _")
+
+    def register(function: F) -> F:
+        if len(inspect.signature(function).parameters) != 1:
+            raise PluginError(f"report section {name!r} must take one argument, the report")
+        SECTIONS.register(Section(name, function, Origin.of(function)))
+        return function
+
+    return register
+
+
+def sections(report: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The sections of a report, in a recipe's order."""
+    return [SECTIONS[name].of(report) for name in names]
