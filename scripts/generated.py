@@ -21,12 +21,14 @@ from sparsekit.cli import main
 from sparsekit.recipe import Recipe
 from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Pages, Redo, Tasks, TextEntry
 from sparsekit.registry import BUILT_IN, METHODS, Method
+from sparsekit.reporting.svg import Axes, Point, Series, scatter_chart
 from sparsekit.terminal.console import type_name
 from sparsekit.testing import PROPERTIES
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
 FIGURES = ("plugins_h100.json", "plugins_cpu.json")  # of docs/benchmarks, the best first
+KINDS = ("every weight kept", "2:4")
 SECTIONS = {
     "": Recipe,
     "model": ModelEntry,
@@ -273,6 +275,50 @@ def ast_quantized() -> str:
             f"| {bits:.2f} | {32 / bits:.1f} × smaller |"
         )
     return "\n".join(lines) + "\n"
+
+
+def front() -> str:
+    """Every measured way to make models/base's linears smaller: a drawing of perplexity against size, and the rows."""
+    points = _front()
+    chart = scatter_chart(
+        [Series(label, [Point(x, y, label=name) for name, kind, x, y in points if kind == label]) for label in KINDS],
+        Axes(
+            "Perplexity against size",
+            x="times smaller than FP32, linears, all counted",
+            y="perplexity, valid text",
+            log_x=True,
+            width=680,
+            height=420,
+        ),
+    )
+    lines = ["| | linears | of FP32 | valid |", "|---|---|---|---|"]
+    lines += [f"| {name} | {kind} | {x:.1f} × smaller | {y:.2f} |" for name, kind, x, y in sorted(points, key=_size)]
+    return f'<div class="chart">{chart}</div>\n\n' + "\n".join(lines) + "\n"
+
+
+def _size(point: tuple[str, str, float, float]) -> float:
+    return point[2]
+
+
+def _front() -> list[tuple[str, str, float, float]]:
+    """Name, kind, times smaller than FP32, perplexity."""
+    folder, scales, places = ROOT / "docs/benchmarks", 16 / 128, 2 / 3
+    named = {
+        row["name"]: row["final"]["valid"]["perplexity"] for row in json.loads((folder / "base_h100.json").read_text())
+    }
+    trained = json.loads((folder / "ast_quantized_h100.json").read_text())
+    sparse = 2 + places + scales  # 4 bits for half of the weights
+    points = [("dense, bf16", KINDS[0], 2.0, trained["dense"])]
+    for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
+        points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
+    points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
+    for arm in trained["arms"]:
+        kind = KINDS[1] if arm["pattern"] == "2:4" else KINDS[0]
+        grid = f"{'odd ' if arm['levels'] == 'odd' else ''}{arm['bits']} bits"
+        points.append(
+            (f"trained {grid}, {arm['tokens'] / 1e6:.0f} M", kind, 32 / arm["bits_per_weight"], arm["perplexity"])
+        )
+    return points
 
 
 def decode_linears() -> str:
