@@ -230,14 +230,19 @@ class QuantizedWeight:
         return (self.codes.float() - zero) * scale
 
 
+NO_GROUP_SIZE = "group_size {} is no number of inputs; write 1 or more, or -1 for one group a row"
+
+
 def resolve_group_size(group_size: int, columns: int) -> int:
     """Translate -1 (one group a row) and check that groups are whole.
 
     Raises:
-        MethodError: `group_size` does not divide the row; the message lists sizes that do.
+        MethodError: `group_size` is no size, or does not divide the row; then the message lists sizes that do.
     """
     if group_size == -1:
         return columns
+    if group_size < 1:
+        raise MethodError(NO_GROUP_SIZE.format(group_size))
     if columns % group_size:
         fitting = [size for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
         raise MethodError(

@@ -270,6 +270,8 @@ PLACES: list[tuple[str, Spoil, str]] = [
                                       written("/model,", "/dense,")), "is the model itself"),
     ("export over other files", written("evaluate:", "export: {directory: BASE/x}\nevaluate:", put("x/dense/y", "z")),
      "holds no sparsekit export"),
+    ("empty groups", written("group_size: 16", "group_size: 0"), "bad.yaml:8: group_size 0 is no number of inputs"),
+    ("groups of less", written("group_size: 16", "group_size: -2"), "group_size -2 is no number of inputs"),
     ("output below a file", written("output: ", "output: BASE/text.txt/below #"), "cannot write"),
 ]  # fmt: skip
 CASES = [*MODELS, *TEXTS, *TASKS, *PLUGINS, *PLACES]

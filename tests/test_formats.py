@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
 from sparsekit.formats import FORMATS, storage_of
 from sparsekit.formats.awq import INVERSE, ORDER, Awq
-from sparsekit.formats.base import Setting, Storage
+from sparsekit.formats.base import Setting, Storage, find_setting
 from sparsekit.formats.compressed_tensors import PackQuantized
 from sparsekit.formats.sparsekit24 import Sparse24
 from sparsekit.pattern import Pattern
@@ -217,6 +218,14 @@ def test_sparse_24_holds_any_group_with_at_most_two_weights(data, symmetric, col
     stored = Sparse24().mask(packed)
     assert not bool((mask & ~stored).any())  # every kept weight is stored, whatever its code
     assert bool((stored.reshape(rows, -1, 4).sum(-1) == 2).all())
+
+
+def test_a_refusal_stays_short_where_every_layer_has_a_reason_of_its_own():
+    states = [dataclasses.replace(integers(keep=4, seed=seed), name=f"{seed}.q") for seed in range(9)]
+    block = BlockState({state.name: state for state in states}, {})
+    with pytest.raises(CheckpointError, match=r"0\.q: \d+ groups of 4 .*; and 3 more reasons of this kind") as told:
+        find_setting(Sparse24(), [(block, {f"{name}.weight" for name in block.linears})])
+    assert str(told.value).count("groups of 4") == 3
 
 
 def test_sparse_24_refuses_what_is_not_2_of_4():

@@ -136,3 +136,6 @@ def test_group_size():
         resolve_group_size(128, 48)
     with pytest.raises(MethodError, match=r"none of 8\.\.256"):
         resolve_group_size(128, 7)
+    for size in (0, -2):
+        with pytest.raises(MethodError, match=f"group_size {size} is no number of inputs"):
+            resolve_group_size(size, 48)

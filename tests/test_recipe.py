@@ -288,6 +288,7 @@ BAD: list[tuple[str, str, int, list[str]]] = [
     ("evaluate:", "export: {formats: [gtpq]}\nevaluate:", 12, ["Did you mean 'gptq'?"]),
     ("evaluate:", "export: {formats: [dense, dense]}\nevaluate:", 12, ["'dense' is listed twice"]),
     ("  - {method: rtn, bits: 4}", "export: {formats: [gptq]}", 11, ["gptq export", "no step quantizes"]),
+    ("bits: 4}", "bits: 3}\nexport: {formats: [awq]}", 12, ["codes of 4 bits", "step 2 (rtn) have 3"]),
     ("model:", "\tmodel:", 2, ["a tab is used", "spaces"]),
     ("[heldout]}", "[heldout}", 12, ["not YAML"]),
     ("name: good", "name: @good", 1, ["not YAML", "quotes"]),

@@ -37,6 +37,7 @@ class Awq:
     method = "awq"
     stem = "model"
     parts: Mapping[str, str] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales"}
+    bits: tuple[int, ...] = (4,)
     checksums = False
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ class Awq:
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
         out, columns = weight.codes.shape
-        if weight.bits != 4:
+        if weight.bits not in self.bits:
             return f"{weight.bits} bits have no AWQ layout, only 4 bits have"
         if permuted(weight):
             return "act-order permutes its groups, and AWQ has no group index; set act_order: false or static groups"

@@ -17,6 +17,7 @@ from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 _NAMED = 4  # layers an error message names
+_REASONS = 3  # it gives, which may count something of each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Storage(Protocol):
         stem: File name of the weights without its ending.
         parts: Tensors of a linear by the suffix after its name, and the field of `ExportBytes` that
             counts them. The first one is always there and marks a quantized linear.
+        bits: Of a code, for which there is a layout; a linear may have other obstacles.
         checksums: Whether a checkpoint is read only with the digests that sparsekit wrote.
     """
 
@@ -56,6 +58,7 @@ class Storage(Protocol):
     method: str
     stem: str
     parts: Mapping[str, str]
+    bits: tuple[int, ...]
     checksums: bool
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:
@@ -185,7 +188,9 @@ def _check(
         raise CheckpointError(f"no linear is quantized; {title} export needs a quantizer among the steps")
     if problems:
         reasons = {reason: [name for name, why in problems.items() if why == reason] for reason in problems.values()}
-        told = "; ".join(f"{listed(names)}: {reason}" for reason, names in reasons.items())
+        told = "; ".join(f"{listed(names)}: {reason}" for reason, names in list(reasons.items())[:_REASONS])
+        more = len(reasons) - _REASONS
+        told += f"; and {more} more reasons of this kind" if more > 0 else ""
         raise CheckpointError(f"no {title} export: {told}")
     if len(grids) > 1:
         kinds = ", ".join(

@@ -71,6 +71,7 @@ class Compact24:
         "zeros": "zeros",
         "group_of": "groups",
     }
+    bits: tuple[int, ...] = tuple(sorted({*STORED[INTEGER], *(bits + 1 for bits in STORED[ODD])}))
     checksums = True
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class PackQuantized:
         "weight_g_idx": "groups",
         "weight_shape": "headers",
     }
+    bits: tuple[int, ...] = BITS
     checksums = False
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:

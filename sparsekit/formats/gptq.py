@@ -38,6 +38,7 @@ class Gptq:
     method = "gptq"
     stem = "model"
     parts: Mapping[str, str] = {"qweight": "codes", "qzeros": "zeros", "scales": "scales", "g_idx": "groups"}
+    bits: tuple[int, ...] = PACKABLE_BITS
     checksums = False
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Own:
     packs: Pack
     unpacks: Unpack
     refuses: Refuses | None
+    bits: tuple[int, ...] = BITS
     checksums: bool = True
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ class Sparse24:
         "zeros": "zeros",
         "group_of": "groups",
     }
+    bits: tuple[int, ...] = (4,)
     checksums = True
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ class Sparse24:
         """Other bits than 4, rows of a length that leaves a byte half full, more than two weights in a group."""
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
-        if weight.bits != 4:
+        if weight.bits not in self.bits:
             return f"{weight.bits} bits have no sparsekit-24 layout, only 4 bits have; sparsekit-24-compact has others"
         if weight.codes.shape[1] % 8:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of 8; add it to the quantizer's ignore"

@@ -34,6 +34,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[Fraction, Field(ge=0, le=1)]
 
+WITHOUT_GRID = {"levels": "integer", "scales": "learned", "quantize_from": 0.0, "group_size": 128}  # without bits
 COMPILE_MINUTES = 3.0
 COMPILE_STEPS = 100  # shorter runs do not earn the compilation back
 
@@ -55,8 +56,9 @@ def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
     if not pattern.structured and pattern.sparsity:
         return "sparsity", f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}'
     if bits is None:
-        if odd:
-            return "levels", "levels: odd needs bits, those that tell a kept weight"
+        for key, absent in WITHOUT_GRID.items():
+            if values[key] != absent:
+                return key, f"{key} belongs to the grid, and without bits there is none; add bits: 4, or drop {key}"
         if not pattern.sparsity:
             return "pattern", 'ast without bits trains N:M patterns, as in pattern: "2:4"; sparsity is 0'
         return None
@@ -198,8 +200,8 @@ def ast(
     divergence alone and v is AdamW's for kept weights.
     """
     given = {"pattern": pattern, "tokens": tokens, "budget": budget, "flip_target": flip_target, "decay": decay}
-    grids = {"bits": bits, "levels": levels, "forward": forward, "weight_scaling": weight_scaling}
-    wrong = _wrong({**given, **grids})
+    grids = {"bits": bits, "group_size": group_size, "levels": levels, "scales": scales, "quantize_from": quantize_from}
+    wrong = _wrong({**given, **grids, "forward": forward, "weight_scaling": weight_scaling})
     if wrong is not None:
         raise MethodError(wrong[1])
     steps = 1 if tokens is None else steps_of(tokens, job.tokens, batch)  # a budget is sized when it is measured

@@ -18,6 +18,7 @@ from sparsekit.formats import FORMATS
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
+from sparsekit.quant import NO_GROUP_SIZE
 from sparsekit.recipe import Recipe, Step
 from sparsekit.reporting.sections import SECTIONS
 from sparsekit.shelf import Named, foreign_code
@@ -125,7 +126,8 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     patterns: dict[str, Pattern] = {}
     for index, step in enumerate(recipe.steps):
         selected = _select(recipe, index, step, shapes)
-        _check_sizes(recipe, index, step, selected, shapes)
+        _check_pattern(recipe, index, step, selected, shapes)
+        _check_groups(recipe, index, step, selected, shapes)
         pattern_key = step.method.accepts(Pattern)
         pattern: Pattern | None = getattr(step.params, pattern_key) if pattern_key else None
         if pattern is not None and pattern.sparsity:  # else what a step before has pruned stays so
@@ -202,7 +204,7 @@ def _nameable(names: Iterable[str]) -> list[str]:
     return list(candidates)
 
 
-def _check_sizes(
+def _check_pattern(
     recipe: Recipe, index: int, step: Step, selected: Sequence[str], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
     pattern_key = step.method.accepts(Pattern)
@@ -212,18 +214,27 @@ def _check_sizes(
         if bad:
             message = f"pattern {pattern} does not divide {_listed(bad)}; add them to ignore"
             raise RecipeError(message, where=recipe.where("steps", index, pattern_key))
+
+
+def _check_groups(
+    recipe: Recipe, index: int, step: Step, selected: Sequence[str], shapes: Mapping[str, tuple[int, int]]
+) -> None:
     grouped = step.quantizes and "group_size" in type(step.params).model_fields
     size = getattr(step.params, "group_size") if grouped else -1  # noqa: B009  # the method's own parameter
-    if size != -1:
-        bad = [f"{name} ({shapes[name][1]} inputs)" for name in selected if shapes[name][1] % size]
-        if bad:
-            widths = {shapes[name][1] for name in selected}
-            fitting = [str(s) for s in (256, 128, 64, 32, 16, 8) if all(width % s == 0 for width in widths)]
-            message = (
-                f"group_size {size} does not divide {_listed(bad)}; sizes that divide every selected layer: "
-                f"{', '.join(fitting) or 'none'}, or -1 for one group a row; or add the layers to ignore"
-            )
-            raise RecipeError(message, where=recipe.where("steps", index, "group_size"))
+    if size == -1:
+        return
+    where = recipe.where("steps", index, "group_size")
+    if size < 1:
+        raise RecipeError(NO_GROUP_SIZE.format(size), where=where)
+    bad = [f"{name} ({shapes[name][1]} inputs)" for name in selected if shapes[name][1] % size]
+    if bad:
+        widths = {shapes[name][1] for name in selected}
+        fitting = [str(s) for s in (256, 128, 64, 32, 16, 8) if all(width % s == 0 for width in widths)]
+        message = (
+            f"group_size {size} does not divide {_listed(bad)}; sizes that divide every selected layer: "
+            f"{', '.join(fitting) or 'none'}, or -1 for one group a row; or add the layers to ignore"
+        )
+        raise RecipeError(message, where=where)
 
 
 def _listed(items: Sequence[str], limit: int = 6) -> str:

@@ -17,14 +17,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     yield from _missing_texts(recipe)
     yield from _wrong_measurements(recipe)
     yield from _wrong_paths(recipe)
-    # without steps the model may be a quantized checkpoint
-    integers = not recipe.steps or any(step.quantizes for step in recipe.steps)
-    for index, name in enumerate(recipe.export.formats):
-        if FORMATS[name].storage is not None and not integers:
-            message = f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
-            yield ("export", "formats", index), message
-        if name in recipe.export.formats[:index]:
-            yield ("export", "formats", index), f"format {name!r} is listed twice"
+    yield from _wrong_exports(recipe)
 
 
 def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
@@ -42,6 +35,25 @@ def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
             verb = {"prune": "prunes", "train": "trains"}[step.method.kind]
             message = f"{this} {verb} weights that {first} has quantized; put it before step {quantizer + 1}"
             yield ("steps", index), message
+
+
+def _wrong_exports(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    """A format of integers needs some, of bits that it has a layout for."""
+    # without steps the model may be a quantized checkpoint
+    quantizer = next((index for index, step in enumerate(recipe.steps) if step.quantizes), None)
+    for index, name in enumerate(recipe.export.formats):
+        keys, storage = ("export", "formats", index), FORMATS[name].storage
+        if storage is not None and recipe.steps:
+            if quantizer is None:
+                yield keys, f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
+            else:
+                codes, made = recipe.steps[quantizer].code_bits, recipe.steps[quantizer].method.name
+                if codes is not None and codes not in storage.bits:
+                    known = " or ".join(map(str, storage.bits))
+                    message = f"a {name} export holds codes of {known} bits, and those of step {quantizer + 1} ({made})"
+                    yield keys, f"{message} have {codes}"
+        if name in recipe.export.formats[:index]:
+            yield keys, f"format {name!r} is listed twice"
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

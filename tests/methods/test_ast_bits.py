@@ -250,7 +250,10 @@ def test_bits_of_a_weight():
 
 
 REFUSED = {
-    "levels: odd": "levels: odd needs bits",
+    "levels: odd": "levels belongs to the grid, and without bits there is none",
+    "scales: fitted": "scales belongs to the grid",
+    "quantize_from: 0.5": "quantize_from belongs to the grid",
+    "group_size: 16": "group_size belongs to the grid",
     "bits: 1": "1 bit has the levels -1 and 0",
     "bits: 8, levels: odd": "up to 7 bits",
     "bits: 4, forward: dense": "forward: dense computes with pruned weights",
@@ -278,6 +281,8 @@ def test_contradictions_are_told(tmp_path, keys, message):
 def test_a_step_with_bits_is_the_quantizer(tmp_path):
     joint, plain = "  - {method: ast, tokens: 1K, bits: 4}", "  - {method: ast, tokens: 1K}"
     read_recipe(recipe_of(tmp_path, joint, "[gptq, sparsekit-24]"))
+    with pytest.raises(RecipeError, match=r"codes of 2 or 3 or 4 or 8 bits, and those of step 1 \(ast\) have 5"):
+        read_recipe(recipe_of(tmp_path, joint.replace("4}", "4, levels: odd}"), "[sparsekit-24-compact, gptq]"))
     with pytest.raises(RecipeError, match="no step quantizes"):
         read_recipe(recipe_of(tmp_path, plain, "[gptq]"))
     with pytest.raises(RecipeError, match="quantizes what step 1"):
