@@ -8,35 +8,20 @@ module is changed and no autograd function is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.kernels import Kernels, fused_optimizer
 from sparsekit.pattern import Pattern
-from sparsekit.training.grids import first_step, fitted, group_of, learn_, on_grid
-from sparsekit.training.lowbits import (
-    Memory,
-    blocks_of,
-    packed_bits,
-    random_bits,
-    step_key,
-    stochastic_bfloat16,
-    stochastic_float8,
-    unpacked_bits,
-    widened,
-)
-from sparsekit.training.scaling import check_parts, first_scale, scaled, split_gradient
+from sparsekit.training.grids import fitted
+from sparsekit.training.lowbits import Memory, unpacked_bits
+from sparsekit.training.parameter_state import MOMENTS, State, computed, first_state, update_
+from sparsekit.training.scaling import scaled
 from sparsekit.training.update import DecayRule, Rule, SecondMoment, Step, adamw_, clip_factor, refreshed, widest
 from sparsekit.training.world import ALONE, World, as_sharded, local, rows_of, whole
 
 __all__ = ["DecayRule", "Rule", "SecondMoment", "SparseAdamW", "Step", "adamw_", "clip_factor", "refreshed"]
-
-
-MOMENTS = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "scale_avg", "scale_avg_sq"}
-MOMENTS |= {"step_avg", "step_avg_sq"}
-SCALE_OF = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 
 
 class SparseAdamW:
@@ -49,10 +34,7 @@ class SparseAdamW:
     A model that is sharded over ranks has been so before; `names` are then the rows that are here, and
     everything below works on them as if they were the parameters.
 
-    State of a sparse parameter: `dense` (W), `mask`, `initial_mask`, `exp_avg`, `exp_avg_sq` and, with
-    activation-aware scores, `importance` [in]; with grids what `grids.first_step` makes. An ordinary parameter
-    that is not of the masters' dtype has a `dense` master too. float8 moments are flat, `exp_avg_sq`
-    holds the root of v, `SCALE_OF` tells where their scales are, and `initial_mask` is packed to bits.
+    `state` holds what `parameter_state` says of each.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -90,64 +72,34 @@ class SparseAdamW:
         self.sparse = [name for name, _ in named if name in masks]
         self.pattern, self.rule, self.memory, self.world = pattern, rule, memory, world
         self.masked, self.rounded = rule.masked, False
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, State] = {}
         known = weights or {}
         for name, parameter in self.names.items():
             given = rows_of(known[name], self.parameters[name]) if name in known else parameter.detach()
-            self.state[parameter] = self._first_state(name, parameter, masks.get(name), given)
+            first = self._rows(name, masks[name]) if name in masks else None
+            self.state[parameter] = first_state(name, parameter, first, given, pattern, rule, memory)
             if importance and name in importance and name in masks:
                 self.state[parameter]["importance"] = importance[name].to(parameter.device, torch.float32)
             self._write(parameter)
         self.flips = _no_flips(named[0][1].device)
         self._fused = fused_optimizer(kernels, self.names, self.state, pattern, rule, memory)
 
-    def _first_state(self, name: str, parameter: Tensor, mask: Tensor | None, given: Tensor) -> dict[str, Tensor]:
-        """State of a parameter before the first step; `given` are its dense values."""
-        device, state = parameter.device, dict[str, Tensor]()
-        if mask is not None:
-            if mask.shape != self.parameters[name].shape or mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {name} must be bool {list(self.parameters[name].shape)}")
-            first = rows_of(mask, self.parameters[name]).to(device)
-            state["mask"] = first.clone(memory_format=torch.contiguous_format)
-            state["initial_mask"] = packed_bits(first) if self.memory.states == "float8" else state["mask"].clone()
-            if self.rule.rounding is not None:
-                size = group_of(self.rule.rounding, name, parameter.shape[1])
-                state |= first_step(
-                    fitted(given.to(device), first, self.rule.rounding, size), learned=self.rule.learned
-                )
-            if self.rule.scaling:
-                check_parts(name, parameter.shape[1], self.rule.scaling, self.pattern)
-                state |= first_scale(parameter, self.rule.scaling)
-        # float64 parameters, of tests only, keep float64 state
-        master = parameter.dtype if parameter.dtype == torch.float64 else self.memory.master_dtype
-        if mask is not None or parameter.dtype != master:
-            state["dense"] = given.detach().to(device, master, copy=True).contiguous()
-        for key in ("exp_avg", "exp_avg_sq"):
-            if self.memory.states == "float8":
-                state[key] = torch.zeros(parameter.numel(), dtype=torch.float8_e4m3fn, device=device)
-                state[SCALE_OF[key]] = torch.zeros(blocks_of(parameter.numel()), device=device)
-            else:
-                state[key] = torch.zeros_like(parameter.detach(), dtype=widest(parameter.dtype))
-        return state
+    def _rows(self, name: str, mask: Tensor) -> Tensor:
+        """The rows of a mask that are here."""
+        if mask.shape != self.parameters[name].shape or mask.dtype != torch.bool:
+            raise ValueError(f"the mask of {name} must be bool {list(self.parameters[name].shape)}")
+        return rows_of(mask, self.parameters[name])
 
     def _write(self, parameter: Tensor) -> None:
         """Put what the model computes with into the parameter."""
         state = self.state[parameter]
         if "dense" not in state:
             return
-        weight = self._computed(state)
+        weight = computed(state, self.rule, masked=self.masked, rounded=self.rounded)
         if "scale" in state:
             weight = scaled(weight, state["scale"])
         with torch.no_grad():
             parameter.copy_(weight)
-
-    def _computed(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight, or what of it the model computes with."""
-        weight = state["dense"]
-        if self.rounded and "step" in state:
-            assert self.rule.rounding is not None  # or there were no steps
-            return on_grid(weight, state["mask"], state["step"], self.rule.rounding)
-        return weight.masked_fill(~state["mask"], 0.0) if "mask" in state and self.masked else weight
 
     def advance(self, step: Step, clip: Tensor | None = None) -> None:
         """One update of every parameter that has a gradient, then new masks if the step says so.
@@ -162,48 +114,19 @@ class SparseAdamW:
             counts = self._fused.advance(step, clip, masked=self.masked, rounded=self.rounded)
             if counts is not None:
                 self._count(*counts)
-            if step.refresh and counts is not None and self.fits:
-                self.regrid()
-            if not step.refresh or counts is not None:
+                if step.refresh and self.fits:
+                    self.regrid()
                 return
         else:
             for index, parameter in enumerate(self.names.values()):
                 if parameter.grad is not None:
                     grad = parameter.grad.to(widest(parameter.dtype))
                     grad = grad if clip is None else grad * clip
-                    self._update(index, parameter, grad, step)
+                    state, masked, rounded = self.state[parameter], self.masked, self.rounded
+                    update_(state, parameter, grad, index, self.rule, self.memory, step, masked=masked, rounded=rounded)
                     self._write(parameter)
         if step.refresh:
             self.refresh(step.hysteresis)
-
-    def _update(self, index: int, parameter: Tensor, grad: Tensor, step: Step) -> None:
-        """One step of one parameter's state; the reference of the fused kernel in every precision."""
-        state, memory, rule = self.state[parameter], self.memory, self.rule
-        if self.rounded and "step_dense" in state and rule.rounding is not None:
-            learn_(state, grad, rule.rounding, rule.betas, rule.eps, step.lr, step.number)
-        if "scale" in state:
-            grad, of_scale = split_gradient(grad, self._computed(state), state["scale"])
-            moments = state["scale_avg"], state["scale_avg_sq"]
-            adamw_(state["scale"], of_scale, *moments, None, self.rule, replace(step, weight_decay=0.0))
-        weight, mask = state["dense"] if "dense" in state else parameter.detach(), state.get("mask")
-        if memory.plain:
-            adamw_(weight, grad, state["exp_avg"], state["exp_avg_sq"], mask, self.rule, step)
-            return
-        for_moments, for_weight = random_bits(step_key(memory.seed, step.number), index, weight.numel(), weight.device)
-        wide, first, second = weight.float(), state["exp_avg"], state["exp_avg_sq"]
-        if memory.states == "float8":
-            first = widened(first, state["exp_avg_scale"]).reshape(weight.shape)
-            second = widened(second, state["exp_avg_sq_scale"]).square_().reshape(weight.shape)
-        adamw_(wide, grad, first, second, mask, self.rule, step)
-        if memory.states == "float8":
-            for key, value, bits in (
-                ("exp_avg", first, for_moments),
-                ("exp_avg_sq", second.sqrt(), for_moments >> 16),
-            ):
-                codes, scale = stochastic_float8(value.flatten(), bits, keep_positive=key == "exp_avg_sq")
-                state[key].copy_(codes)
-                state[SCALE_OF[key]].copy_(scale)
-        weight.copy_(wide if weight.dtype == torch.float32 else stochastic_bfloat16(wide, for_weight))
 
     def zero_grad(self) -> None:
         """Drop every gradient."""
