@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import re
-import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel
 
 from sparsekit.errors import PluginError, nearest
+from sparsekit.pluginfile import run_file
+from sparsekit.signature import docstring, parameters, source_of, without_args
 from sparsekit.stats import Statistic
 
 Kind = Literal["prune", "train", "quantize", "allocate"]
@@ -92,19 +91,17 @@ class Method:
     @property
     def summary(self) -> str:
         """First line of the docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return docstring(self.function).partition("\n")[0]
 
     @property
     def text(self) -> str:
         """The docstring without its `Args:` section, which the parameter table shows."""
-        doc = inspect.getdoc(self.function) or ""
-        return re.sub(r"^Args:\n(?:[ \t]+.*\n?|\n)+", "", doc, flags=re.M).strip()
+        return without_args(docstring(self.function))
 
     @property
     def source(self) -> str:
         """The `Source:` paragraph of the docstring: paper, equation."""
-        found = re.search(r"^Source:\s*(.+?)(?:\n\n|\n\w+:|\Z)", inspect.getdoc(self.function) or "", re.S | re.M)
-        return " ".join(found[1].split()) if found else ""
+        return source_of(docstring(self.function))
 
     def accepts(self, annotation: Any) -> str | None:
         """Name of the first parameter of that type, None if there is none."""
@@ -178,21 +175,8 @@ class Registry:
         path = path.resolve()
         if str(path) in self._loaded:
             return
-        if not path.is_file():
-            raise PluginError(f"plugin {path} is not a file")
         before = self.arrivals
-        module_name = f"sparsekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise PluginError(f"plugin {path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except PluginError:
-            raise
-        except (Exception, SystemExit) as error:  # a plugin may fail in any way; its file is what to name
-            raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
+        run_file(path)
         if self.arrivals == before:
             raise PluginError(f"plugin {path} registers nothing; decorate a function with @sparsekit.linear_method")
         self._loaded.add(str(path))
@@ -247,11 +231,7 @@ def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None)
 
 
 def model_method(
-    name: str,
-    *,
-    kind: Kind,
-    check: Check | None = None,
-    integers: Integers | None = None,
+    name: str, *, kind: Kind, check: Check | None = None, integers: Integers | None = None
 ) -> Callable[[F], F]:
     """Register `f(job: TrainJob, /, *, params) -> Trained`, called once with the whole model.
 
@@ -315,33 +295,3 @@ def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, 
         origin=origin,
         digest=hashlib.sha256(file.read_bytes()).hexdigest(),
     )
-
-
-def parameters(noun: str, name: str, function: Callable[..., Any], signature: inspect.Signature) -> type[BaseModel]:
-    """The recipe schema of a function: its keyword-only parameters. `noun` is for messages."""
-    hints = typing.get_type_hints(function, include_extras=True)
-    described = _described(inspect.getdoc(function) or "")
-    fields: dict[str, Any] = {}
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            continue
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} must be keyword-only (put it after *)")
-        if parameter.name not in hints:
-            raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} has no type annotation")
-        default = ... if parameter.default is parameter.empty else parameter.default
-        info: FieldInfo = Field(default=default, description=described.get(parameter.name))
-        fields[parameter.name] = (hints[parameter.name], info)
-    config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
-    model: type[BaseModel] = create_model(name, __config__=config, __doc__=function.__doc__, **fields)
-    return model
-
-
-def _described(doc: str) -> dict[str, str]:
-    """Parameter descriptions of a Google-style docstring."""
-    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, re.M)
-    found: dict[str, str] = {}
-    if section:
-        for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", section[1], re.M):
-            found[match[1]] = " ".join(match[2].split())
-    return found

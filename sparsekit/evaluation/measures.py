@@ -21,8 +21,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 from torch import Tensor
 
 from sparsekit.errors import MethodError, PluginError, nearest
-from sparsekit.registry import parameters
 from sparsekit.shelf import Origin, Shelf
+from sparsekit.signature import parameters
 
 Forward = Callable[[Tensor], Tensor]
 F = TypeVar("F", bound=Callable[..., Mapping[str, float]])
