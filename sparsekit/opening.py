@@ -8,8 +8,8 @@ from sparsekit.planning.plan import Plan, make_plan
 from sparsekit.recipe import Recipe
 
 
-def open_view(recipe: Recipe) -> ModelView:
-    """The recipe's model."""
+def open_view(recipe: Recipe, *, empty: bool = False) -> ModelView:
+    """The recipe's model; with `empty` of headers only, as in `ModelView.open`."""
     model = recipe.model
     return ModelView.open(
         recipe.resolve(model.path),
@@ -18,6 +18,7 @@ def open_view(recipe: Recipe) -> ModelView:
         device=model.device,
         trust_remote_code=model.trust_remote_code,
         allow_network=recipe.allow_network,
+        empty=empty,
     )
 
 

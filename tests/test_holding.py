@@ -121,6 +121,7 @@ def test_a_recipe_says_the_mode_and_a_wrong_one_is_named(tmp_path: Path, random_
     path.write_text(yaml.safe_dump(recipe))
     done = CliRunner().invoke(main, ["run", str(path)])
     assert done.exit_code == 0, done.output
+    assert ", memory low\n" in done.output  # told in the plan
     assert "memory: low" in (tmp_path / "run" / "recipe.yaml").read_text()
     again = CliRunner().invoke(main, ["run", str(path), "--set", "model.memory=fast"])  # the same step: nothing is done
     assert again.exit_code == 0, again.output

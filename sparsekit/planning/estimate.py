@@ -16,6 +16,7 @@ from sparsekit.data import load_tokenizer
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
+from sparsekit.opening import open_view
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
 from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_bytes
@@ -69,16 +70,8 @@ class Estimator:
             CoverageError: Too much of the model is out of reach.
             DataError: A text is missing.
         """
-        process, model, started = resident_now(), recipe.model, time.perf_counter()
-        view = ModelView.open(
-            recipe.resolve(model.path),
-            dtype=model.dtype,
-            compute_dtype=model.compute_dtype,
-            device=model.device,
-            trust_remote_code=model.trust_remote_code,
-            allow_network=recipe.allow_network,
-            empty=True,
-        )
+        process, started = resident_now(), time.perf_counter()
+        view = open_view(recipe, empty=True)
         opening = time.perf_counter() - started
         data = recipe.data
         for entry in filter(None, (data.calibration, data.train, *data.evaluation.values())):

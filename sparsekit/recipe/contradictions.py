@@ -38,22 +38,28 @@ def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
 
 
 def _wrong_exports(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
-    """A format of integers needs some, of bits that it has a layout for."""
-    # without steps the model may be a quantized checkpoint
-    quantizer = next((index for index, step in enumerate(recipe.steps) if step.quantizes), None)
     for index, name in enumerate(recipe.export.formats):
-        keys, storage = ("export", "formats", index), FORMATS[name].storage
-        if storage is not None and recipe.steps:
-            if quantizer is None:
-                yield keys, f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
-            else:
-                codes, made = recipe.steps[quantizer].code_bits, recipe.steps[quantizer].method.name
-                if codes is not None and codes not in storage.bits:
-                    known = " or ".join(map(str, storage.bits))
-                    message = f"a {name} export holds codes of {known} bits, and those of step {quantizer + 1} ({made})"
-                    yield keys, f"{message} have {codes}"
+        keys = ("export", "formats", index)
+        if wrong := _wrong_integers(recipe, name):
+            yield keys, wrong
         if name in recipe.export.formats[:index]:
             yield keys, f"format {name!r} is listed twice"
+
+
+def _wrong_integers(recipe: Recipe, name: str) -> str | None:
+    """A format of integers needs some, of bits that it has a layout for."""
+    storage = FORMATS[name].storage
+    if storage is None or not recipe.steps:  # without steps the model may be a quantized checkpoint
+        return None
+    made = next(((number, step) for number, step in enumerate(recipe.steps, 1) if step.quantizes), None)
+    if made is None:
+        return f"a {name} export holds integers, and no step quantizes; add one such as method: gptq"
+    number, step = made
+    if step.code_bits is None or step.code_bits in storage.bits:
+        return None
+    known = " or ".join(map(str, storage.bits))
+    told = f"the export {name} holds codes of {known} bits, and those of step {number}"
+    return f"{told} ({step.method.name}) have {step.code_bits}"
 
 
 def _missing_texts(recipe: Recipe) -> Iterator[tuple[Keys, str]]:

@@ -40,10 +40,11 @@ class Terminal:
         coverage = plan.coverage
         precision = str(view.dtype).removeprefix("torch.")
         computed = str(view.compute_dtype).removeprefix("torch.")
+        memory = "" if recipe.model.memory == "auto" else f", memory {recipe.model.memory}"
         say(f"[bold]{recipe.name}[/bold]  seed {recipe.seed}  in {recipe.output_directory()}")
         say(
             f"  model     {recipe.model.path}: {coverage.total:,} parameters, {len(view.blocks)} blocks, "
-            f"stored {precision}, computed {computed} on {view.device}",
+            f"stored {precision}, computed {computed} on {view.device}{memory}",
         )
         say(
             f"  coverage  {coverage.compressed:,} compressed, {coverage.ignored:,} ignored by you, "
