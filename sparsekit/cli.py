@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sparsekit import __version__
-from sparsekit.terminal.exits import named_errors
+from sparsekit.terminal.exits import named_errors, named_errors_nothing_kept
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,6 +43,13 @@ _plugin = click.option(
 _trust = click.option(
     "--trust-remote-code", "trust", is_flag=True, help="Agree to a recipe's trust_remote_code: the model's code runs."
 )
+
+
+def _load_plugins(paths: tuple[Path, ...]) -> None:
+    from sparsekit.registry import METHODS
+
+    for path in paths:
+        METHODS.load_path(path)
 
 
 @main.command()
@@ -169,8 +175,7 @@ def methods(name: str | None, plugins: tuple[Path, ...]) -> None:
     from sparsekit.shelf import Shelf
     from sparsekit.terminal.console import method_page, methods_table, shelf_page, shelves_table
 
-    for path in plugins:
-        METHODS.load_path(path)
+    _load_plugins(plugins)
     console = Console()
     shelves: tuple[Shelf[Any], ...] = (FORMATS, EVALUATORS, SECTIONS)
     if name is None:
@@ -190,10 +195,8 @@ def schema(plugins: tuple[Path, ...]) -> None:
     import json
 
     from sparsekit.recipe import recipe_schema
-    from sparsekit.registry import METHODS
 
-    for path in plugins:
-        METHODS.load_path(path)
+    _load_plugins(plugins)
     click.echo(json.dumps(recipe_schema(), indent=2))
 
 
@@ -213,8 +216,7 @@ def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None
     from sparsekit.testing import format_outcomes, outcomes
     from sparsekit.testing.specimens import assigned
 
-    for path in plugins:
-        METHODS.load_path(path)
+    _load_plugins(plugins)
     integers = name in FORMATS and FORMATS[name].storage is not None
     found = format_outcomes(name) if integers else []
     if name in METHODS.names() or not integers:
@@ -259,7 +261,8 @@ def bench(small: bool, device: str, as_json: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="Where: cuda or cpu.")
 @click.option("--dtype", default="auto", help="What is computed in; the checkpoint's own, on a CPU float32.")
 @click.option("--stats", "with_stats", is_flag=True, help="Print time to first token, tokens per second and memory.")
-@named_errors
+@_plugin
+@named_errors_nothing_kept
 def generate(
     directory: str,
     prompt: str,
@@ -271,19 +274,23 @@ def generate(
     device: str,
     dtype: str,
     with_stats: bool,
+    plugins: tuple[Path, ...],
 ) -> None:
     """Go on from a prompt with the model in DIRECTORY, its weights packed as they are on disk."""
-    try:
-        from functools import partial
+    from functools import partial
 
-        from sparsekit.data import load_tokenizer
-        from sparsekit.inference.generate import Stats, prompt_tokens, stream
-        from sparsekit.inference.load import forms_of, load_model
-        from sparsekit.models.locate import locate
-        from sparsekit.terminal.generate import stats_lines, write_text
+    from sparsekit.data import load_tokenizer
+    from sparsekit.inference.generate import Stats, check_settings, prompt_tokens, stream
+    from sparsekit.inference.load import forms_of, load_model
+    from sparsekit.models.locate import locate
+    from sparsekit.shortage import named
+    from sparsekit.terminal.generate import stats_lines, write_text
 
-        tokenizer = load_tokenizer(locate(directory), trust_remote_code=False)
-        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+    _load_plugins(plugins)
+    check_settings(max_tokens, temperature, seed)
+    tokenizer = load_tokenizer(locate(directory), trust_remote_code=False)
+    tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+    with named("Choose another device, a shorter prompt or a smaller --max-tokens"):
         loaded, stats = load_model(directory, device=device, dtype=dtype), Stats()
         for note in loaded.notes:
             click.echo(f"note: {note}", err=True)
@@ -295,9 +302,6 @@ def generate(
         finally:
             for line in stats_lines(stats, forms_of(loaded.model)) if with_stats and stats.tokens else ():
                 click.echo(line, err=True)
-    except KeyboardInterrupt:  # nothing is kept that could be continued
-        click.echo("stopped", err=True)
-        sys.exit(130)
 
 
 @main.command("new-method")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from sparsekit.errors import CheckpointError, DataError
+from sparsekit.errors import CheckpointError, DataError, in_one_line
 from sparsekit.files import read_tensors, write_tensors
 from sparsekit.text import Resolve, read_text, source_digest
 
@@ -82,8 +82,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        first = str(error).partition("\n")[0]
-        raise DataError(f"cannot load the tokenizer of {path}: {first}") from error
+        raise DataError(f"cannot load the tokenizer of {path}: {in_one_line(error)}") from error
 
 
 def token_windows(

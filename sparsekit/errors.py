@@ -18,6 +18,7 @@ SparsekitError            exit code 2, shown without a traceback
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -89,3 +90,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest allowed name, or an empty string."""
     matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def in_one_line(error: Exception, most: int = 200) -> str:
+    """What an error of another library says, its first lines joined, in at most so many characters."""
+    return textwrap.shorten(str(error), most, placeholder=" ...")

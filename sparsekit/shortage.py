@@ -11,6 +11,7 @@ import torch
 from sparsekit.errors import ShortageError
 
 T = TypeVar("T")
+ADVICE = "Choose a smaller seq_len or micro_batch, or another device; what was finished is kept"
 
 
 def twice(work: Callable[[], T], smaller: Callable[[], None]) -> T:
@@ -45,13 +46,10 @@ def half(size: int, what: str) -> int:
 
 
 @contextmanager
-def named() -> Iterator[None]:
-    """Turn torch's error into one the user is told without a traceback."""
+def named(advice: str = ADVICE) -> Iterator[None]:
+    """Turn torch's error into one the user is told without a traceback; `advice` says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         first = str(error).partition("\n")[0]
-        raise ShortageError(
-            f"the device has too little memory: {first}. Choose a smaller seq_len or micro_batch, or another device; "
-            "what was finished is kept"
-        ) from error
+        raise ShortageError(f"the device has too little memory: {first}. {advice}") from error

@@ -33,7 +33,7 @@ from sparsekit.inference import packed as packing
 from sparsekit.inference.decoder import Decoder
 from sparsekit.inference.generate import Stats, context_of, stream
 from sparsekit.inference.linear import PackedLinear, Product, fused
-from sparsekit.inference.load import bytes_of, forms_of, products
+from sparsekit.inference.load import bytes_of, forms_of, load_model, products
 from sparsekit.inference.norms import single_kernel_norms
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
 from sparsekit.interchange.adapter import attach_adapter, write_adapter
@@ -415,7 +415,10 @@ class Spy(TorchDispatchMode):
 def test_every_family_goes_on_as_with_transformers(family, tmp_path):
     """And its step asks nothing of the host, so that CUDA can record it; only mixtures of experts do."""
     expected = families.load(family, families.save(family, tmp_path))
-    model = sk.load(tmp_path, device="cpu")
+    loaded = load_model(tmp_path, device="cpu")
+    model = loaded.model
+    renamed = family in (*families.MIXTURES, "gpt_neox")  # stored under other names than Transformers computes with
+    assert ["the whole model was loaded on the host" in note for note in loaded.notes] == [True] * renamed
     assert list(stream(model, TOKENS, max_tokens=20)) == greedy(expected, 20)
     decoder = Decoder(model, 40)
     decoder.prefill(TOKENS)
@@ -564,7 +567,11 @@ def test_generate_prints_what_the_model_goes_on_with(tiny):
         ((TINY, "--prompt", "a", "--chat"), "a tokenizer with a chat template"),
         ((TINY, "--prompt", "a", "--max-tokens", 0), "--max-tokens is 0"),
         ((TINY, "--prompt", "a", "--temperature", -1), "--temperature is -1"),
+        ((TINY, "--prompt", "a", "--seed", 2**70), "--seed is 1180591620717411303424; 0 to 9223372036854775807"),
+        ((TINY, "--prompt", b"a\xff".decode("utf-8", "surrogateescape")), "the prompt is no UTF-8 text"),
         ((TINY, "--prompt", "a", "--device", "gpu"), "device 'gpu'"),
+        ((TINY, "--prompt", "a", "--device", "meta"), "device 'meta' is not one of"),
+        ((TINY, "--prompt", "a", "--device", "mps"), "device 'mps' is not one of"),
         ((TINY, "--prompt", "a", "--dtype", "float8"), "dtype 'float8' is not one of"),
     ],
 )
@@ -578,6 +585,36 @@ def test_a_model_without_its_tokenizer_is_named(tmp_path):
     families.save("llama", tmp_path)
     code, _, told = call(tmp_path, "--prompt", "a")
     assert code == 2 and "holds no tokenizer" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "generation_config.json cannot be read: It looks like"),
+        ("[]", "generation_config.json cannot be read: "),
+        ('{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x', expected a token"),
+        ('{"eos_token_id": [2, 3]}', None),
+        ('{"eos_token_id": [2, "x"]}', "eos_token_id is [2, 'x'], expected a token"),
+    ],
+)
+def test_what_a_directory_says_about_generating_is_checked(tiny, tmp_path, content, message):
+    directory = Path(shutil.copytree(tiny / "dense", tmp_path / "model"))
+    (directory / "generation_config.json").write_text(content)
+    code, text, told = call(directory, "--prompt", "Once", "--max-tokens", 1)
+    assert code == (2 if message else 0), told
+    assert message is None or (text == "" and message in told)
+
+
+def test_the_reason_why_a_model_cannot_be_built_is_told(tiny, tmp_path):
+    directory = Path(shutil.copytree(tiny / "dense", tmp_path / "model"))
+    write_json(directory / "config.json", read_json(directory / "config.json") | {"hidden_size": 513})
+    code, _, told = call(directory, "--prompt", "Once")
+    assert code == 2 and "hidden size (513) is not a multiple" in told
+
+
+def test_settings_are_refused_before_the_model_is_read(tmp_path):
+    code, _, told = call(tmp_path, "--prompt", "a", "--max-tokens", 0)
+    assert code == 2 and "--max-tokens is 0" in told
 
 
 def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):

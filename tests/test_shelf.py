@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from sparsekit.errors import CheckpointError, ContractError, MethodError, Plugin
 from sparsekit.evaluation.measures import EVALUATORS, Measure, evaluator
 from sparsekit.formats import FORMATS, export_format
 from sparsekit.formats.own import Own
+from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
 from sparsekit.reporting.sections import SECTIONS
 from sparsekit.shelf import Origin, Shelf
+from sparsekit.state import LinearState
 from sparsekit.testing import check_format
 
 PAGE = Path(__file__).parents[1] / "docs" / "write-a-plugin.md"
@@ -73,6 +76,8 @@ def test_a_format_of_a_plugin_is_exported_read_back_and_named(plugin, random_mod
     code, output, again = run(tmp_path, directory / "bytewise", "[]", "gptq", "again")
     assert code == 0, output
     assert again["final"]["heldout"]["perplexity"] == report["final"]["heldout"]["perplexity"]
+    asked = ("generate", str(directory / "bytewise"), "--prompt", "a", "--max-tokens", "2", "--plugin", str(plugin))
+    assert told(*asked).startswith("0 "), told(*asked)
     path = next((directory / "bytewise").glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="were written"):
@@ -94,7 +99,8 @@ def test_without_the_plugin_its_exports_are_refused_by_name(plugin, random_model
     METHODS.load_path(plugin)
     assert run(tmp_path, random_model, STEPS, "bytewise")[0] == 0
     del FORMATS._things["bytewise"]
-    with pytest.raises(CheckpointError, match="quant_method 'bytewise'; sparsekit reads gptq"):
+    said = "quant_method 'bytewise'; sparsekit reads gptq, .* A plugin's format is read where the plugin is named"
+    with pytest.raises(CheckpointError, match=said):
         sparsekit.load_quantized(tmp_path / "run" / "export" / "bytewise")
     code, output, _ = run(tmp_path, random_model, STEPS, "bytewise", "gone")
     assert code == 2 and "format 'bytewise' is not one of dense, gptq" in " ".join(output.split())
@@ -125,8 +131,27 @@ def test_plugins_that_do_not_keep_their_word_are_named():
         format_of(lambda weight, mask: {}).pack(None, "v1")
     with pytest.raises(CheckpointError, match="lacks the tensor codes"):
         format_of(None, lambda found, setting: found["codes"]).unpack({}, None)
-    with pytest.raises(CheckpointError, match="unpack of mine fails: index 7 is out of bounds"):
-        format_of(None, lambda found, setting: found["codes"][7]).unpack({"codes": torch.zeros(2)}, None)
+    for unpack, message in (
+        (lambda found, setting: found["codes"][7], "failed: IndexError: index 7 is out of bounds"),
+        (lambda found, setting: 1 / 0, "failed: ZeroDivisionError"),
+        (lambda found, setting: found.codes, "failed: AttributeError"),
+        (lambda found, setting: None, "returned None, expected a QuantizedWeight"),
+    ):
+        with pytest.raises(CheckpointError, match=f"unpack of mine {message}"):
+            format_of(None, unpack).unpack({"codes": torch.zeros(2)}, None)
+    for pack, message in (
+        (lambda weight, mask: 1 / 0, "failed: ZeroDivisionError: division by zero; sparsekit -v shows where"),
+        (lambda weight, mask: sys.exit(0), "failed: SystemExit: 0"),
+        (lambda weight, mask: None, "returned None, expected tensors by suffix"),
+        (lambda weight, mask: {"codes": [1]}, "returned a list as 'codes', expected a tensor"),
+    ):
+        with pytest.raises(PluginError, match=f"pack of mine {message}"):
+            format_of(pack).pack(None, "v1")
+    refusing = Own("mine", "mine", "mine", {"codes": "codes"}, None, None, lambda weight: 1 / 0)
+    grid = Grid.fit(torch.ones(2, 1, 8), 4)
+    weight = QuantizedWeight.of(grid.encode(torch.ones(2, 1, 8)).view(2, 8), grid, group_size=8, symmetric=True)
+    with pytest.raises(PluginError, match="refuses of mine failed: ZeroDivisionError"):
+        refusing.obstacle(LinearState("", torch.ones(2, 8), quantized=weight), "v1")
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.storage is not None])
@@ -266,6 +291,12 @@ def test_evaluators_that_do_not_keep_their_word_are_named():
     ):
         with pytest.raises(MethodError, match=message):
             returning(value).of(None, None)
+    evaluator("raising")(lambda forward, windows, /: {"x": forward(windows)})
+    with pytest.raises(PluginError, match="evaluator raising failed: TypeError: 'NoneType' object is not callable"):
+        Measure.parse({"evaluator": "raising", "text": "heldout"}).of(None, None)
+    evaluator("leaving")(lambda forward, windows, /: sys.exit(0))
+    with pytest.raises(PluginError, match="evaluator leaving failed: SystemExit: 0"):
+        Measure.parse({"evaluator": "leaving", "text": "heldout"}).of(None, None)
     with pytest.raises(PluginError, match=r"must take \(forward, windows, /, ...\), it has 1"):
         evaluator("wrong")(lambda forward, /: {})
     with pytest.raises(PluginError, match="parameter 'text' has the name of a key"):

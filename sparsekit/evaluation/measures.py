@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 from torch import Tensor
 
 from sparsekit.errors import MethodError, PluginError, nearest
-from sparsekit.shelf import Origin, Shelf
+from sparsekit.shelf import Origin, Shelf, named_failures
 from sparsekit.signature import parameters
 
 Forward = Callable[[Tensor], Tensor]
@@ -111,9 +111,11 @@ class Measure:
 
         Raises:
             MethodError: What the function returned is no mapping of names to finite numbers.
+            PluginError: It failed.
         """
         arguments = {name: getattr(self.params, name) for name in type(self.params).model_fields}
-        found = self.evaluator.function(forward, windows, **arguments)
+        with named_failures(f"evaluator {self.evaluator.name}"):
+            found = self.evaluator.function(forward, windows, **arguments)
         if not isinstance(found, Mapping) or not found:
             raise MethodError(f"evaluator {self.evaluator.name} returned {found!r}, expected named numbers")
         for key, value in found.items():

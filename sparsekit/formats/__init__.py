@@ -15,6 +15,7 @@ from sparsekit.formats import awq, compact24, compressed_tensors, dense, gptq, o
 from sparsekit.formats.base import Format, Storage
 from sparsekit.shelf import Origin, Shelf
 
+PLUGINS = " A plugin's format is read where the plugin is named."
 FORMATS: Shelf[Format] = Shelf("export format")
 for _module in (dense, gptq, awq, compressed_tensors, sparsekit24, compact24):
     FORMATS.register(_module.FORMAT)
@@ -56,5 +57,7 @@ def storage_of(method: object) -> Storage:
     known = {known.storage.method: known.storage for known in FORMATS.values() if known.storage is not None}
     if not isinstance(method, str) or method not in known:
         hint = nearest(method, known) if isinstance(method, str) else ""
-        raise CheckpointError(f"quantized with quant_method {method!r}; sparsekit reads {', '.join(known)}.{hint}")
+        raise CheckpointError(
+            f"quantized with quant_method {method!r}; sparsekit reads {', '.join(known)}.{hint or PLUGINS}"
+        )
     return known[method]

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
-from sparsekit.errors import CheckpointError, PluginError
+from sparsekit.errors import CheckpointError, PluginError, SparsekitError
 from sparsekit.formats.base import Setting
 from sparsekit.formats.reading import one_of, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.interchange.sizes import ExportBytes
 from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import named_failures
 from sparsekit.state import LinearState
 
 Pack = Callable[[QuantizedWeight, Tensor | None], dict[str, Tensor]]
@@ -64,15 +65,22 @@ class Own:
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """What the plugin says."""
         assert state.quantized is not None  # only asked about quantized linears
-        return self.refuses(state.quantized) if self.refuses else None
+        with named_failures(f"refuses of {self.title}"):
+            return self.refuses(state.quantized) if self.refuses else None
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the plugin makes, held against `parts`."""
-        tensors = self.packs(weight, mask)
+        with named_failures(f"pack of {self.title}"):
+            tensors = self.packs(weight, mask)
+        if not isinstance(tensors, Mapping):
+            raise PluginError(f"pack of {self.title} returned {_told(tensors)}, expected tensors by suffix")
         if unknown := [name for name in tensors if name not in self.parts]:
             raise PluginError(f"pack of {self.title} returned {unknown[0]!r}, and parts has {', '.join(self.parts)}")
         if (first := next(iter(self.parts))) not in tensors:
             raise PluginError(f"pack of {self.title} returned no {first!r}, which marks a quantized linear")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise PluginError(f"pack of {self.title} returned {_told(tensor)} as {name!r}, expected a tensor")
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
@@ -81,8 +89,12 @@ class Own:
             weight = self.unpacks(found, setting)
         except KeyError as error:
             raise CheckpointError(f"lacks the tensor {error.args[0]}; there is {', '.join(found)}") from error
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            raise CheckpointError(f"unpack of {self.title} fails: {error}") from error
+        except (SparsekitError, OutOfMemoryError):
+            raise
+        except Exception as error:  # a file may be wrong in any way, and the plugin may be
+            raise CheckpointError(f"unpack of {self.title} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(weight, QuantizedWeight):
+            raise CheckpointError(f"unpack of {self.title} returned {_told(weight)}, expected a QuantizedWeight")
         return weight
 
     def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
@@ -113,6 +125,11 @@ class Own:
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """Who reads it."""
         yield f"only sparsekit reads this format, with {inspect.getfile(self.packs)} loaded"
+
+
+def _told(value: object) -> str:
+    """What somebody returned, short enough for a message."""
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def engines(setting: Setting | None) -> list[EngineNote]:

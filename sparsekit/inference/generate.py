@@ -61,10 +61,12 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
         prompt: What the user wrote.
         chat: Put it as a user's turn into the tokenizer's chat template.
     Raises:
-        RecipeError: The prompt is empty, or there is no chat template.
+        RecipeError: The prompt is empty or no text, or there is no chat template.
     """
     if not prompt.strip():
         raise RecipeError("the prompt is empty: --prompt needs some text to go on from")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of bytes that are no UTF-8
+        raise RecipeError("the prompt is no UTF-8 text")
     if not chat:
         ids = tokenizer(prompt).input_ids
     elif tokenizer.chat_template is None:
@@ -90,17 +92,27 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([] if told is None else [told] if isinstance(told, int) else told)
 
 
-def check_request(model: PreTrainedModel, tokens: Tensor, max_tokens: int, temperature: float) -> int:
-    """How many tokens may be generated.
+def check_settings(max_tokens: int, temperature: float, seed: int) -> None:
+    """Refuse settings that make no sense with any model.
 
     Raises:
-        RecipeError: A setting makes no sense, or the prompt leaves no room in the context.
-        DataError: The tokenizer knows tokens that the model does not.
+        RecipeError: With the option.
     """
     if max_tokens < 1:
         raise RecipeError(f"--max-tokens is {max_tokens}; at least 1 is needed")
     if not 0 <= temperature < float("inf"):
         raise RecipeError(f"--temperature is {temperature}; 0 takes the most likely token, above 0 draws")
+    if not 0 <= seed < 2**63:
+        raise RecipeError(f"--seed is {seed}; 0 to {2**63 - 1} are seeds")
+
+
+def check_request(model: PreTrainedModel, tokens: Tensor, max_tokens: int) -> int:
+    """How many tokens may be generated.
+
+    Raises:
+        RecipeError: The prompt leaves no room in the context.
+        DataError: The tokenizer knows tokens that the model does not.
+    """
     known, largest = model.get_input_embeddings().weight.shape[0], int(tokens.max())
     if largest >= known:
         raise DataError(f"the prompt has token {largest} and the model knows {known}: not its tokenizer")
@@ -133,7 +145,8 @@ def stream(
     Raises:
         RecipeError: A setting makes no sense, or the prompt leaves no room in the context.
     """
-    room = check_request(model, tokens, max_tokens, temperature)
+    check_settings(max_tokens, temperature, seed)
+    room = check_request(model, tokens, max_tokens)
     told = Stats() if stats is None else stats
     generator = torch.Generator(model.device).manual_seed(seed)
     told.prompt, told.model_bytes = tokens.shape[1], bytes_of(model)

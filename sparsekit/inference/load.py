@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from sparsekit.branch import attach
-from sparsekit.errors import CheckpointError, ModelError
+from sparsekit.errors import CheckpointError, ModelError, in_one_line
 from sparsekit.formats.base import listed
 from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.packed import PackedWeight, pack, pack_file, why_not_packed
@@ -95,9 +95,27 @@ def load_model(
             _branches(view.module, path)
     view.module.requires_grad_(False)
     if (path / "generation_config.json").is_file():
-        view.module.generation_config = GenerationConfig.from_pretrained(path)
-    loaded.notes += _notes(loaded)
+        view.module.generation_config = _generation_config(path)
+    loaded.notes += [*filter(None, [view.converted]), *_notes(loaded)]
     return loaded
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """What a directory says about generating.
+
+    Raises:
+        ModelError: Its file cannot be read, or its ends of text are no tokens.
+    """
+    file = path / "generation_config.json"
+    try:
+        found = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # transformers trusts what is in the file
+        raise ModelError(f"{file} cannot be read: {in_one_line(error)}") from error
+    ends = found.eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and type(end) is not int:
+            raise ModelError(f"{file}: eos_token_id is {ends!r}, expected a token or a list of tokens")
+    return found
 
 
 def products(model: nn.Module) -> list[Product]:

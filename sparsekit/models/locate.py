@@ -14,7 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparsekit.errors import ModelError, nearest
+from sparsekit.errors import ModelError, in_one_line, nearest
 
 MOST = 8192  # layers, experts or heads
 COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|heads?)")
@@ -100,8 +100,7 @@ def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
             warnings.simplefilter("ignore")  # of torch, about initial values that nobody will use
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration may be wrong in any way, and the model's class finds out
-        first = str(error).partition("\n")[0]
-        raise ModelError(f"{directory} holds no causal LM transformers can build: {first}") from error
+        raise ModelError(f"{directory} holds no causal LM transformers can build: {in_one_line(error)}") from error
     if not isinstance(module, PreTrainedModel):
         raise ModelError(f"{directory} builds a {type(module).__name__}, no transformers model")
     module.tie_weights()  # built empty, tied parameters are still two
@@ -127,8 +126,10 @@ def device_of(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r} is not one of auto, cpu, cuda, cuda:0 and so on") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device cuda is asked for and torch sees none")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {str(name)!r} is not one of auto, cpu, cuda, cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ModelError(f"device {device} is asked for and torch sees {there or 'none'}")
     return device

@@ -79,6 +79,7 @@ class ModelView:
         self.trust_remote_code = trust_remote_code
         self.blocks = _find_blocks(module)
         self.notes = [weights.note] if weights.note else []
+        self.converted = weights.converted  # why the whole model was loaded on the host; empty where it is streamed
         self.quantized = weights.quantized is not None
         self._weights = weights
         self._origins = origins

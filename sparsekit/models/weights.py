@@ -24,14 +24,14 @@ class Weights:
     Most checkpoints store exactly these names, or the same with or without the base model's prefix
     (`transformer.h.0...` and `h.0...`), and are streamed. When transformers converts names or
     shapes while loading (fused experts of older checkpoints), the whole model is loaded once on
-    the host through transformers, and `note` says so.
+    the host through transformers, and `converted` says so, as does `note`.
 
     The linears of a quantized checkpoint are integers: `linear` gives them, `read` what they stand for.
     """
 
     def __init__(self, directory: Path, module: PreTrainedModel, *, trust_remote_code: bool) -> None:
         self.directory = directory
-        self.note = ""
+        self.note = self.converted = ""
         self.quantized = QuantizedFiles(directory) if is_quantized(directory) else None
         self._files = _index(directory) if self.quantized is None else self.quantized.plain()
         self._names: dict[str, str] = {}
@@ -84,7 +84,7 @@ class Weights:
         if absent:
             raise ModelError(f"{self.directory} has no tensor {absent[0]} ({len(absent)} tensors are missing)")
         self._loaded = dict(model.state_dict())
-        self.note = (
+        self.note = self.converted = (
             f"{len(missing)} tensors are stored under other names or shapes than the model uses ({missing[0]}); "
             f"the whole model was loaded on the host to convert them"
         )

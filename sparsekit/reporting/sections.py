@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sparsekit.errors import PluginError
-from sparsekit.shelf import Origin, Shelf
+from sparsekit.shelf import Origin, Shelf, named_failures
 
 Rows = Iterable[Mapping[str, str | int | float | None]]
 F = TypeVar("F", bound=Callable[[Mapping[str, Any]], Rows])
@@ -45,10 +45,8 @@ class Section:
         Raises:
             PluginError: It failed, or what it returned is no table.
         """
-        try:
+        with named_failures(f"report section {self.name}"):
             rows = [dict(row) for row in self.function(report)]
-        except Exception as error:
-            raise PluginError(f"report section {self.name} failed: {type(error).__name__}: {error}") from error
         for row in rows:
             if row.keys() != rows[0].keys():
                 raise PluginError(f"report section {self.name}: columns {list(row)} and {list(rows[0])} in one table")

@@ -101,8 +101,9 @@ class Terminal:
         for export in report["exports"]:
             for line in export_lines(export):
                 self._console.print(f"  {line}", highlight=False, soft_wrap=True)
+        width = max(map(len, files), default=0)
         for name, path in files.items():
-            self._console.print(f"  {name:<8} {path}", highlight=False, soft_wrap=True)
+            self._console.print(f"  {name:<{width}} {path}", highlight=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -38,7 +38,15 @@ def _terminable() -> Iterator[None]:
 
 def named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Show a named error as one message and its exit code; a traceback only with -v."""
+    return _ending(command, "\nstopped; what was finished is kept, run the same command to continue")
 
+
+def named_errors_nothing_kept(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`named_errors` for a command that leaves nothing behind which could be continued."""
+    return _ending(command, "stopped")
+
+
+def _ending(command: Callable[..., Any], stopped: str) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -51,7 +59,7 @@ def named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             click.echo(str(error), err=True)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, _Terminated) as error:
-            click.echo("\nstopped; what was finished is kept, run the same command to continue", err=True)
+            click.echo(stopped, err=True)
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 143)
 
     return wrapped
