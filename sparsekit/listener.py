@@ -31,3 +31,7 @@ class Listener(Protocol):
 
     def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """The run is complete."""
+
+
+class Silent(Listener):
+    """Told everything, says nothing: for benchmarks, tests, and runs from Python."""

@@ -17,6 +17,7 @@ from sparsekit.checkpoint import StepStore
 from sparsekit.cli import main
 from sparsekit.errors import DataError
 from sparsekit.evaluation.evaluate import perplexity
+from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
@@ -42,13 +43,6 @@ steps: [{step}]
 evaluate: {{perplexity: [heldout]}}
 """
 PROCESS = ("Python and its libraries", "embeddings, head, final norm")  # held before the step begins
-
-
-class Quiet:
-    """A listener that says nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
     monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
     read = recipe(tmp_path, wide_model, step, samples=1 if "gptq" in step else 16, seq_len=64)
     told = Estimator.open(read).all()
-    run = Run.open(read, Quiet())
+    run = Run.open(read, Silent())
     (planned,) = run.plan.steps
     with peak_of_torch() as found:
         run.work.apply(planned, Chain(run.view), StepStore(tmp_path / "store", run.view.dtype))
@@ -105,7 +99,7 @@ def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model, monkeypatch):
     monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
     read = recipe(tmp_path, wide_model, "{method: rtn, group_size: 64}")
     told = Estimator.open(read).all()["scoring"]
-    run = Run.open(read, Quiet())
+    run = Run.open(read, Silent())
     windows = run.windows(read.data.evaluation["heldout"])
     with Chain(run.view).forward() as forward, peak_of_torch() as found:
         perplexity(forward, windows, batch=32, progress=lambda done, total: None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsekit.errors import RecipeError
+from sparsekit.listener import Silent
 from sparsekit.planning.estimate import Estimator
 from sparsekit.recipe import read_recipe
 from sparsekit.run import Run
@@ -27,13 +28,6 @@ steps:
 evaluate: {{perplexity: [heldout]}}
 export: {{formats: []}}
 """
-
-
-class Quiet:
-    """A listener that says nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
 
 
 def model(directory: Path, *, width: int, layers: int, vocabulary: int = 8192) -> Path:
@@ -67,7 +61,7 @@ def recipe(tmp_path: Path, models: Path, more: str = ""):
 
 
 def taught(tmp_path: Path, models: Path, more: str = ""):
-    run = Run.open(recipe(tmp_path, models, more), Quiet())
+    run = Run.open(recipe(tmp_path, models, more), Silent())
     (planned,) = run.plan.steps
     report = run.execute()
     return planned, report["steps"][0]
@@ -78,7 +72,7 @@ def test_a_larger_teacher_trains(tmp_path, models, more):
     planned, step = taught(tmp_path, models, f", teacher: {models / 'large'}{more}")
     assert step["violations"] == 0
     assert step["training"]["kl"] > 0
-    other = Run.open(recipe(tmp_path, models, more), Quiet()).plan.steps[0]
+    other = Run.open(recipe(tmp_path, models, more), Silent()).plan.steps[0]
     assert planned.fingerprint != other.fingerprint
 
 
@@ -94,9 +88,9 @@ def test_naming_the_model_itself_teaches_as_the_dense_original(tmp_path, models)
 def test_other_weights_of_the_teacher_are_another_step(tmp_path, models):
     shutil.copytree(models / "large", tmp_path / "large")
     more = f", teacher: {tmp_path / 'large'}"
-    first = Run.open(recipe(tmp_path, models, more), Quiet()).plan.steps[0].fingerprint
+    first = Run.open(recipe(tmp_path, models, more), Silent()).plan.steps[0].fingerprint
     model(tmp_path / "large", width=48, layers=1)
-    assert Run.open(recipe(tmp_path, models, more), Quiet()).plan.steps[0].fingerprint != first
+    assert Run.open(recipe(tmp_path, models, more), Silent()).plan.steps[0].fingerprint != first
 
 
 def test_a_relative_teacher_is_absolute_in_the_resolved_recipe(tmp_path, models):
@@ -109,7 +103,7 @@ def test_a_relative_teacher_is_absolute_in_the_resolved_recipe(tmp_path, models)
 def test_another_vocabulary_is_refused_by_name(tmp_path, models):
     model(tmp_path / "wide", width=32, layers=1, vocabulary=8200)
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+.*vocabulary of 8200 ids, the model has 8192"):
-        Run.open(recipe(tmp_path, models, f", teacher: {tmp_path / 'wide'}"), Quiet())
+        Run.open(recipe(tmp_path, models, f", teacher: {tmp_path / 'wide'}"), Silent())
 
 
 def swap_two_words(raw):
@@ -133,13 +127,13 @@ def test_another_tokenizer_is_refused_by_name(tmp_path, models, change, said):
     change(raw)
     path.write_text(json.dumps(raw))
     with pytest.raises(RecipeError, match="another tokenizer") as caught:
-        Run.open(recipe(tmp_path, models, f", teacher: {tmp_path / 'large'}"), Quiet())
+        Run.open(recipe(tmp_path, models, f", teacher: {tmp_path / 'large'}"), Silent())
     assert said in str(caught.value)
 
 
 def test_a_missing_teacher_is_named_and_hidden_losses_need_the_same_shape(tmp_path, models):
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+.*teacher: .*nowhere"):
-        Run.open(recipe(tmp_path, models, ", teacher: nowhere"), Quiet())
+        Run.open(recipe(tmp_path, models, ", teacher: nowhere"), Silent())
     with pytest.raises(Exception, match="needs a teacher with the student's blocks and width"):
         taught(tmp_path, models, f", hidden: 1.0, teacher: {models / 'large'}")
 

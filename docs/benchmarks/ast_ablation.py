@@ -32,6 +32,7 @@ from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import RecipeError
 from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.files import read_json, write_json
+from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.recipe import Recipe
@@ -43,28 +44,6 @@ from sparsekit.units import Count
 
 VALIDATED = 32  # windows of the curve
 SCORED_AT_ONCE = {"cpu": 4, "cuda": 32}  # windows
-
-
-class Silent:
-    """A `sparsekit.listener.Listener` that says nothing."""
-
-    def planned(self, *_: object) -> None:
-        """Nothing."""
-
-    def started(self, title: str) -> None:
-        """Nothing."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def noted(self, text: str) -> None:
-        """Nothing."""
-
-    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
-        """Nothing."""
-
-    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Nothing."""
 
 
 @dataclass

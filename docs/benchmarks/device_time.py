@@ -30,22 +30,3 @@ def profiled(call: Callable[[], object], rows: int = 8) -> list[str]:
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)[:rows]
     return [f"{event.device_time_total / 1000:9.3f} ms {event.count:5} x {event.key[:80]}" for event in events]
-
-
-class Silent:
-    """A `sparsekit.listener.Listener` that says nothing."""
-
-    def planned(self, recipe: object, plan: object, view: object) -> None:
-        """Nothing."""
-
-    def started(self, title: str) -> None:
-        """Nothing."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def finished(self, summary: object, *, cached: bool) -> None:
-        """Nothing."""
-
-    def closed(self, report: object, files: object) -> None:
-        """Nothing."""

@@ -39,7 +39,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from device_time import Silent, profiled, timed
+from device_time import profiled, timed
 from oneshot_awq import awq
 from oneshot_block import block
 from oneshot_model import model
@@ -47,6 +47,7 @@ from torch import Tensor
 
 from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.kernels.masks import nm_mask
+from sparsekit.listener import Silent
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
 from sparsekit.recipe import read_recipe

@@ -41,6 +41,11 @@ class Setting:
     complete: bool = True
 
 
+def grid_header(setting: Setting) -> dict[str, Any]:
+    """What the header of every format of our own says of the grids."""
+    return {"group_size": setting.group_size, "symmetric": setting.symmetric, "act_order": setting.act_order}
+
+
 class Storage(Protocol):
     """How a format stores the integers of a linear.
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats.base import Format, Setting, inexact_scale
+from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
 from sparsekit.formats.fours import (
     counts,
     crowded,
@@ -125,9 +125,7 @@ class Compact24:
             "pattern": "2:4",
             "bits": setting.bits - (setting.layout == ODD),
             "levels": setting.layout,
-            "group_size": setting.group_size,
-            "symmetric": setting.symmetric,
-            "act_order": setting.act_order,
+            **grid_header(setting),
         }
 
     def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:

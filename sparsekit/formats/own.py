@@ -17,7 +17,7 @@ from typing import Any
 from torch import OutOfMemoryError, Tensor
 
 from sparsekit.errors import CheckpointError, PluginError, SparsekitError
-from sparsekit.formats.base import Setting
+from sparsekit.formats.base import Setting, grid_header
 from sparsekit.formats.reading import one_of, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.interchange.sizes import ExportBytes
@@ -107,9 +107,7 @@ class Own:
             "quant_method": self.method,
             "version": VERSION,
             "bits": setting.bits,
-            "group_size": setting.group_size,
-            "symmetric": setting.symmetric,
-            "act_order": setting.act_order,
+            **grid_header(setting),
         }
 
     def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats.base import Format, Setting, inexact_scale
+from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
 from sparsekit.formats.fours import crowded, grid_tensors, mask_of, places_of, quads, read_grid, spread
 from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
 from sparsekit.interchange.engines import EngineNote
@@ -94,9 +94,7 @@ class Sparse24:
             "version": VERSION,
             "pattern": "2:4",
             "bits": 4,
-            "group_size": setting.group_size,
-            "symmetric": setting.symmetric,
-            "act_order": setting.act_order,
+            **grid_header(setting),
         }
 
     def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:

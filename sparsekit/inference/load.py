@@ -20,8 +20,8 @@ from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.packed import PackedWeight, pack, pack_file, why_not_packed
 from sparsekit.interchange.adapter import ADAPTER, read_adapter
 from sparsekit.models.locate import device_of, locate
-from sparsekit.models.shapes import FEW, width_of
-from sparsekit.models.view import Call, ModelView
+from sparsekit.models.shapes import FEW, groups_of
+from sparsekit.models.view import ModelView
 from sparsekit.quant import QuantizedWeight
 
 Groups = list[list[str]]
@@ -157,23 +157,10 @@ def _groups(view: ModelView) -> list[Groups]:
     for index, (block, call) in enumerate(zip(view.blocks, calls, strict=True)):
         make = tuple((name.removeprefix(block), str(linear)) for name, linear in view.linears(index).items())
         if make not in found:
-            groups = _groups_of(view, index, call)
+            groups = groups_of(view, index, call)
             found[make] = [[name.removeprefix(block) for name in group] for group in groups]
         every.append([[block + tail for tail in group] for group in found[make]])
     return every
-
-
-def _groups_of(view: ModelView, index: int, call: Call) -> Groups:
-    def zeros(shape: torch.Size) -> Tensor:
-        return torch.zeros((), dtype=view.compute_dtype, device=view.device).expand(shape)
-
-    view.pretend(index, zeros)
-    try:
-        with torch.inference_mode():
-            hidden = torch.randn(1, FEW, width_of(view), dtype=view.compute_dtype, device=view.device)
-            return view.groups(index, hidden, call)
-    finally:
-        view.release(index)
 
 
 def _fill(view: ModelView, index: int, groups: Groups, loaded: Loaded) -> None:

@@ -71,11 +71,6 @@ class DecodeWeight:
     sparse: bool
     scales: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self.units.nbytes
-
 
 def why_not(packed: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels cannot take a weight; None if they can."""
@@ -134,17 +129,16 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
     return y
 
 
-def expand(weight: DecodeWeight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+def expand(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
     """The weight in full, [out, in], for products with many tokens.
 
     Args:
         weight: From `arrange`.
         dtype: float16 or bfloat16.
-        into: Where to write; a new tensor if absent.
     """
     out, columns = weight.shape
     row_tiles, units = weight.units.shape[:2]
-    full = torch.empty(out, columns, dtype=dtype, device=weight.units.device) if into is None else into
+    full = torch.empty(out, columns, dtype=dtype, device=weight.units.device)
     cut = Setting(1, 1, 8, 1)
     kernel = _kernel("expand", dtype, weight.sparse, weight.scales, 1, cut, full.device)
     grid = (row_tiles, -(-units // cut.input_warps), 1)

@@ -95,7 +95,8 @@ def sizes_of(view: ModelView) -> ModelSizes:
         linears = {full: (module.out_features, module.in_features) for full, module in view.linears(index).items()}
         kind = tuple((full.removeprefix(name), shape) for full, shape in linears.items())
         if kind not in groups_by_kind:
-            groups_by_kind[kind] = [[full.removeprefix(name) for full in group] for group in _groups(view, index)]
+            found = groups_of(view, index, entering(view, 1, FEW)[index])
+            groups_by_kind[kind] = [[full.removeprefix(name) for full in group] for group in found]
         held = sum(row.numel for row in ledger if row.name.startswith(f"{name}."))
         weights = sum(out * into for out, into in linears.values())
         groups = [[name + tail for tail in group] for group in groups_by_kind[kind]]
@@ -113,9 +114,14 @@ def sizes_of(view: ModelView) -> ModelSizes:
     )
 
 
-def _groups(view: ModelView, index: int) -> list[list[str]]:
-    """Linears of a block that share an input, found with weights that are all one zero."""
-    call = entering(view, 1, FEW)[index]
+def groups_of(view: ModelView, index: int, call: Call) -> list[list[str]]:
+    """Linears of a block that share an input, in call order, found with weights that are all one zero.
+
+    Args:
+        view: The model; the block is on the meta device before and after.
+        index: The block.
+        call: What it is called with besides hidden states, for one window of `FEW` tokens.
+    """
     view.pretend(index, lambda shape: torch.zeros((), dtype=view.compute_dtype, device=view.device).expand(shape))
     try:
         with torch.inference_mode():

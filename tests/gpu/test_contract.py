@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from test_devices import FROM_FILES
 
 from sparsekit.cli import main
 from sparsekit.registry import METHODS
@@ -33,17 +34,7 @@ def test_built_in_methods_agree(name):
     devices(subject(name))
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("ria", "ria"),
-        ("random_nm", "random_nm"),
-        ("dsnot", "dsnot"),
-        ("alps", "alps"),
-        ("alps", "pcg"),
-        ("alps", "alps_aimed"),
-    ],
-)
+@pytest.mark.parametrize(("file", "name"), FROM_FILES)
 def test_plugins_agree(file, name):
     devices(subject(name, PLUGINS / f"{file}.py"))
 

@@ -10,6 +10,7 @@ import torch
 
 from sparsekit.checkpoint import StepStore
 from sparsekit.evaluation.deploy import deploy_card
+from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.planning.estimate import Estimator
 from sparsekit.planning.peak import measured
@@ -27,13 +28,6 @@ data:
   train: {{path: builtin:train, samples: 64, seq_len: 512}}
 steps: [{step}]
 """
-
-
-class Quiet:
-    """A listener that says nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_, **__: None
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,7 @@ def recipe(tmp_path: Path, model: Path, step: str) -> Recipe:
 def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
     read = recipe(tmp_path, wide, step)
     told = Estimator.open(read).all()["steps"][0]["device"]
-    run = Run.open(read, Quiet())
+    run = Run.open(read, Silent())
     (planned,) = run.plan.steps
     store = StepStore(tmp_path / "s", run.view.dtype)
     result = measured(run.view.device, lambda: run.work.apply(planned, Chain(run.view), store))
@@ -79,7 +73,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
 
 
 def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wide):
-    run = Run.open(recipe(tmp_path, wide, '{method: magnitude, pattern: "2:4"}'), Quiet())
+    run = Run.open(recipe(tmp_path, wide, '{method: magnitude, pattern: "2:4"}'), Silent())
     (planned,) = run.plan.steps
     store = StepStore(tmp_path / "store", run.view.dtype)
     run.work.apply(planned, Chain(run.view), store)
@@ -95,7 +89,7 @@ def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wid
 
 def test_the_card_has_the_packed_form_and_its_decoding(tmp_path, wide):
     steps = '{method: magnitude, pattern: "2:4"}, {method: rtn, bits: 4, group_size: 128}'
-    run = Run.open(recipe(tmp_path, wide, steps), Quiet())
+    run = Run.open(recipe(tmp_path, wide, steps), Silent())
     chain = Chain(run.view)
     for index, planned in enumerate(run.plan.steps):
         store = StepStore(tmp_path / f"store{index}", run.view.dtype)
