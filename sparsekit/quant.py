@@ -7,11 +7,15 @@ weight is stored exactly.
 A kept weight of an N:M pattern is told from a pruned one by its place and needs no level at 0. An `odd`
 grid of b bits has the levels ±1, ±3, ..., ±(2^(b-1) - 1) for kept weights and 0 for pruned ones: it is
 an ordinary symmetric grid whose kept codes are all odd, so that b - 1 bits tell a kept one.
+
+A `ternary` grid has the levels -1, 0 and 1: a symmetric grid of 2 bits that never takes its lowest code, so
+that five weights fit a byte.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +24,8 @@ from sparsekit.errors import MethodError
 
 MSE_NORM = 2.4  # exponent of the clip search, IST-DASLab/gptq quant.py and AutoGPTQ
 MSE_STEPS = 80  # shrink factors 1 - i/100 for i < 80, same source
+
+Levels = Literal["integer", "odd", "ternary"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,28 +36,30 @@ class Grid:
         scale: Positive step, already rounded to the stored precision (float16), kept as float32.
         zero: Integer zero-point in 0..2^bits-1, float32 for arithmetic. Same shape as `scale`.
         bits: 2 to 8.
-        odd: Kept weights take odd levels only; see the module.
+        levels: Those that kept weights take; see the module.
     """
 
     scale: Tensor
     zero: Tensor
     bits: int
-    odd: bool = False
+    levels: Levels = "integer"
 
     @classmethod
-    def fit(cls, weight: Tensor, bits: int, *, symmetric: bool = True, mse: bool = False, odd: bool = False) -> Grid:
+    def fit(
+        cls, weight: Tensor, bits: int, *, symmetric: bool = True, mse: bool = False, levels: Levels = "integer"
+    ) -> Grid:
         """Choose the grid of each group.
 
         Symmetric: scale = 2 max|w| / (2^bits - 1), zero = 2^(bits-1), that is levels -8..7 at
         4 bits (AutoGPTQ's grid). The maximum is taken over |w| always; the reference mirrors only
         rows that have a negative value, which clips one-sided groups to 7/15 of their range.
         Asymmetric: the range is widened to hold 0, and the zero-point is an integer.
-        Odd: scale = max|w| / (2^(bits-1) - 1), zero = 2^(bits-1). Exact zeros count as pruned: they
-        have no part in the search.
+        Odd and ternary: scale = max|w| / (2^(bits-1) - 1), zero = 2^(bits-1). To odd levels exact zeros
+        count as pruned: they have no part in the search.
 
         Args:
             weight: [..., group], float32; one grid for each leading index.
-            symmetric: Must be so for odd levels.
+            symmetric: Must be so for levels that are not `integer`.
             mse: Search 80 shrunken ranges for the least sum of |error|^2.4 (GPTQ reference).
         Returns:
             Grid with `scale` and `zero` of shape [...].
@@ -60,23 +68,25 @@ class Grid:
             from sparsekit.kernels.oneshot import fit_kernel  # noqa: PLC0415 - the kernels know grids
 
             if kernel := fit_kernel("auto", weight):
-                return cls(*kernel(weight, bits, symmetric, mse, odd), bits, odd)
-        return cls.fit_reference(weight, bits, symmetric=symmetric, mse=mse, odd=odd)
+                return cls(*kernel(weight, bits, symmetric, mse, levels), bits, levels)
+        return cls.fit_reference(weight, bits, symmetric=symmetric, mse=mse, levels=levels)
 
     @classmethod
-    def fit_reference(cls, weight: Tensor, bits: int, *, symmetric: bool, mse: bool, odd: bool = False) -> Grid:
+    def fit_reference(
+        cls, weight: Tensor, bits: int, *, symmetric: bool, mse: bool, levels: Levels = "integer"
+    ) -> Grid:
         """`fit` in plain torch: what runs on a CPU, and what the kernel is tested against."""
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        best = cls._of_range(low, high, bits, symmetric, odd)
+        best = cls._of_range(low, high, bits, symmetric, levels)
         if not mse:
             return best
         loss = best._loss(weight)
         for i in range(1, MSE_STEPS):
             shrink = 1 - i / 100
-            trial = cls._of_range(low * shrink, high * shrink, bits, symmetric, odd)
+            trial = cls._of_range(low * shrink, high * shrink, bits, symmetric, levels)
             trial_loss = trial._loss(weight)
             better = trial_loss < loss
             loss = torch.where(better, trial_loss, loss)
@@ -88,23 +98,23 @@ class Grid:
         return best
 
     @classmethod
-    def of_scale(cls, scale: Tensor, bits: int, *, odd: bool = False) -> Grid:
+    def of_scale(cls, scale: Tensor, bits: int, *, levels: Levels = "integer") -> Grid:
         """The symmetric grid of a step that is stored already."""
-        return cls(scale, torch.full_like(scale, float(2 ** (bits - 1))), bits, odd)
+        return cls(scale, torch.full_like(scale, float(2 ** (bits - 1))), bits, levels)
 
     @classmethod
-    def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool, odd: bool) -> Grid:
+    def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool, levels: Levels) -> Grid:
         """The grid that spans [low, high]; an empty range gets the step 1."""
-        levels = 2**bits - (2 if odd else 1)  # the lowest odd one is -(2^(bits-1) - 1)
-        step = (high - low) / levels
+        highest = 2**bits - 1
+        step = (high - low) / (highest - lowest_code(levels))
         step = torch.where(step > 0, step, torch.ones_like(step))
         scale = store_scale(step)
         if symmetric:
-            return cls.of_scale(scale, bits, odd=odd)
-        return cls(scale, torch.round(-low / scale).clamp(0, levels), bits)
+            return cls.of_scale(scale, bits, levels=levels)
+        return cls(scale, torch.round(-low / scale).clamp(0, highest), bits)
 
     def _loss(self, weight: Tensor) -> Tensor:
-        return (self.round(weight, weight != 0 if self.odd else None) - weight).abs().pow(MSE_NORM).sum(-1)
+        return (self.round(weight, weight != 0 if self.levels == "odd" else None) - weight).abs().pow(MSE_NORM).sum(-1)
 
     def encode(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
         """Nearest codes, float32 integers in 0..2^bits-1.
@@ -115,16 +125,21 @@ class Grid:
                 is rounded to 0 anyway, as it is on a grid that is not odd.
         """
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        if self.odd:
-            level = 2 * torch.round((weight / scale - 1) / 2) + 1
-            code = (level + zero).clamp(1, 2**self.bits - 1)
+        if self.levels == "odd":
+            code = 2 * torch.round((weight / scale - 1) / 2) + 1 + zero
         else:
-            code = torch.round(weight / scale + zero).clamp(0, 2**self.bits - 1)
+            code = torch.round(weight / scale + zero)
+        code = code.clamp(lowest_code(self.levels), 2**self.bits - 1)
         return code if kept is None else torch.where(kept, code, zero)
 
     def round(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
         """The nearest values the grid can hold; 0 for those that are not `kept`."""
         return (self.encode(weight, kept) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
+
+
+def lowest_code(levels: Levels) -> int:
+    """The lowest code that levels take: odd and ternary ones reach as far down as up."""
+    return 0 if levels == "integer" else 1
 
 
 def store_scale(step: Tensor) -> Tensor:
@@ -145,7 +160,7 @@ class Rounding:
         static: Fit every grid before the sweep, on the given weights and groups in natural order.
             Otherwise a grid is fitted when the sweep reaches its group, on the weights as they are
             then, and groups are runs of columns in sweep order.
-        odd: See the module.
+        levels: See the module.
     """
 
     bits: int
@@ -153,11 +168,11 @@ class Rounding:
     symmetric: bool = True
     mse: bool = False
     static: bool = False
-    odd: bool = False
+    levels: Levels = "integer"
 
     def fit(self, weight: Tensor) -> Grid:
         """One grid for each leading index of a weight [..., group]."""
-        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse, odd=self.odd)
+        return Grid.fit(weight, self.bits, symmetric=self.symmetric, mse=self.mse, levels=self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -149,6 +149,23 @@ def test_integers_of_any_bytes(found, group_size, symmetric, order, form):
     assert not weight.dequantize()[~kept].any()
 
 
+@settings(FEW, max_examples=80)
+@given(
+    stored(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans(),
+    st.sampled_from([("ternary", 2), ("odd", 3), ("integer", 3), ("integer", 2)]),
+)  # fmt: skip
+def test_integers_of_any_bytes_without_a_pattern(found, group_size, symmetric, order, form):
+    layout, bits = form
+    storage = FORMATS["sparsekit-compact"].storage
+    assert storage is not None
+    try:
+        weight = storage.unpack(found, Setting(bits, group_size, symmetric, order, layout))
+    except SparsekitError:
+        return
+    assert torch.isfinite(weight.dequantize()).all()
+    assert weight.codes.shape[1] % 16 == 0
+
+
 @FEW
 @given(st.dictionaries(st.sampled_from(["quant_method", "version", "pattern", "bits", "group_size", "levels"]), PLAIN))
 def test_quantization_settings_of_any_structure(about):

@@ -142,6 +142,7 @@ def test_low_precision_state_has_the_references_bits(memory, dtype):
         (3, "integer", -1, Pattern(3, 8), Memory(), torch.float32),
         (2, "odd", 8, TWO_OF_FOUR, Memory(), torch.float32),
         (1, "odd", -1, Pattern.unstructured(0.0), LEAN, torch.bfloat16),
+        (2, "ternary", 8, Pattern.unstructured(0.0), Memory(), torch.float32),
     ],
 )
 def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory, dtype, monkeypatch):
@@ -179,7 +180,12 @@ def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory,
 
 @pytest.mark.parametrize(
     ("bits", "levels", "size", "dtype"),
-    [(4, "integer", 8, torch.bfloat16), (3, "integer", -1, torch.float32), (2, "odd", 8, torch.float32)],
+    [
+        (4, "integer", 8, torch.bfloat16),
+        (3, "integer", -1, torch.float32),
+        (2, "odd", 8, torch.float32),
+        (2, "ternary", 8, torch.float32),
+    ],
 )
 def test_learned_steps_are_the_references(bits, levels, size, dtype):
     made = pair(dtype, Rule(rounding=rounding_of(bits, size, levels), learned=True))

@@ -119,16 +119,16 @@ def test_grids_are_the_references(symmetric, mse, monkeypatch):
             assert torch.equal(zero, expected.zero)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_odd_grids_are_the_references(bits, monkeypatch):
+@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (2, "ternary")])
+def test_grids_of_other_levels_are_the_references(bits, levels, monkeypatch):
     for module in ("sparsekit.quant", "sparsekit.kernels.grids"):
         monkeypatch.setattr(f"{module}.MSE_STEPS", 6)
     torch.manual_seed(0)
     weight = torch.randn(3, 5, 24)
     weight = weight * Pattern(2, 4).keep(weight.reshape(15, 24).abs()).reshape(weight.shape)
     weight[1, 1] = 0.0
-    expected = Grid.fit(weight, bits, mse=True, odd=True)
-    scale, zero = fit(weight, bits, True, True, True)
+    expected = Grid.fit(weight, bits, mse=True, levels=levels)
+    scale, zero = fit(weight, bits, True, True, levels)
     assert torch.equal(scale, expected.scale)
     assert torch.equal(zero, expected.zero)
 

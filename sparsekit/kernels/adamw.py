@@ -13,6 +13,7 @@ from sparsekit.kernels.adamw_device import advance_chunks
 from sparsekit.kernels.steps import learn_
 from sparsekit.kernels.table import CHUNK, Table
 from sparsekit.pattern import Pattern
+from sparsekit.quant import lowest_code
 from sparsekit.training.lowbits import Memory, step_key
 from sparsekit.training.update import Rule, Step
 
@@ -100,7 +101,8 @@ class FusedAdamW:
                 "MASKED": masked,
                 "REFRESH": refresh,
                 "BITS": 0 if rounding is None else rounding.bits,
-                "ODD": rounding is not None and rounding.odd,
+                "ODD": rounding is not None and rounding.levels == "odd",
+                "LOWEST": 0.0 if rounding is None else float(lowest_code(rounding.levels)),
                 "N": self.pattern.n,
                 "M": self.pattern.m if self.refreshes else GROUPS[0],
                 "CHUNK": CHUNK,

@@ -14,7 +14,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from sparsekit.quant import MSE_NORM, MSE_STEPS
+from sparsekit.quant import MSE_NORM, MSE_STEPS, Levels, lowest_code
 
 GROUPS = 4  # of a program: 8 lanes share a group, which the search needs 90 registers for (sm_90)
 CHUNK = 128  # entries of a group in registers at a time
@@ -26,9 +26,9 @@ POWER = tl.constexpr(MSE_NORM)
 
 
 @triton.jit
-def _of_range(low, high, levels, SYMMETRIC: tl.constexpr, ODD: tl.constexpr):
+def _of_range(low, high, levels, SYMMETRIC: tl.constexpr, LOWEST: tl.constexpr):
     """`Grid._of_range`; `levels` is the highest code."""
-    step = tl.div_rn(high - low, levels - 1 if ODD else levels)
+    step = tl.div_rn(high - low, levels - LOWEST)
     step = tl.where(step > 0, step, 1.0)
     scale = tl.minimum(tl.maximum(step, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
     if SYMMETRIC:
@@ -40,8 +40,9 @@ def _of_range(low, high, levels, SYMMETRIC: tl.constexpr, ODD: tl.constexpr):
 
 @triton.jit
 def _loss(
-    weight, group, inside, scale, zero, levels, along, ODD: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr
-):
+    weight, group, inside, scale, zero, levels, along,
+    ODD: tl.constexpr, LOWEST: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Σ |error|^2.4 of each group."""
     total = tl.zeros_like(scale)
     for start in range(0, SIZE, CHUNK):
@@ -50,10 +51,10 @@ def _loss(
         value = tl.load(weight + at[:, None] * along + group[None, :], mask=here, other=0.0)
         code = tl.div_rn(value, tl.broadcast_to(scale[None, :], value.shape))
         if ODD:
-            code = tl.minimum(tl.maximum(code, 1 - zero[None, :]), levels - zero[None, :])
+            code = tl.minimum(tl.maximum(code, LOWEST - zero[None, :]), levels - zero[None, :])
             code = 2 * ((code - 1) * 0.5 + ROUNDER - ROUNDER) + 1 + zero[None, :]
         else:
-            code = tl.minimum(tl.maximum(code + zero[None, :], 0.0), levels) + ROUNDER - ROUNDER
+            code = tl.minimum(tl.maximum(code + zero[None, :], LOWEST), levels) + ROUNDER - ROUNDER
         error = tl.abs((code - zero[None, :]) * scale[None, :] - value)
         if ODD:
             error = tl.where(value == 0, 0.0, error)  # a pruned one; so are those outside
@@ -65,7 +66,7 @@ def _loss(
 @triton.jit
 def _fit(
     weight, scale_out, zero_out, groups, apart, along, levels,
-    SYMMETRIC: tl.constexpr, ODD: tl.constexpr, STEPS: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, STEPS: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """An entry is read at group * apart + index * along."""
@@ -82,13 +83,13 @@ def _fit(
     if SYMMETRIC:
         high = tl.maximum(-low, high)
         low = -high
-    scale, zero = _of_range(low, high, levels, SYMMETRIC, ODD)
+    scale, zero = _of_range(low, high, levels, SYMMETRIC, LOWEST)
     if STEPS > 1:
-        loss = _loss(weight, group, inside, scale, zero, levels, along, ODD, SIZE, CHUNK)
+        loss = _loss(weight, group, inside, scale, zero, levels, along, ODD, LOWEST, SIZE, CHUNK)
         for i in range(1, STEPS):
             shrink = tl.div_rn(tl.full([GROUPS], 100.0, dtype=tl.float32) - i, 100.0)
-            trial, origin = _of_range(low * shrink, high * shrink, levels, SYMMETRIC, ODD)
-            found = _loss(weight, group, inside, trial, origin, levels, along, ODD, SIZE, CHUNK)
+            trial, origin = _of_range(low * shrink, high * shrink, levels, SYMMETRIC, LOWEST)
+            found = _loss(weight, group, inside, trial, origin, levels, along, ODD, LOWEST, SIZE, CHUNK)
             better = found < loss
             loss = tl.where(better, found, loss)
             scale, zero = tl.where(better, trial, scale), tl.where(better, origin, zero)
@@ -96,7 +97,7 @@ def _fit(
     tl.store(zero_out + number, zero, mask=inside)
 
 
-def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, odd: bool = False) -> tuple[Tensor, Tensor]:
+def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, levels: Levels = "integer") -> tuple[Tensor, Tensor]:
     """As `Grid.fit_reference`: scale and zero-point of each leading index, float32 [...].
 
     Args:
@@ -115,7 +116,8 @@ def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, odd: bool = False
             flat.stride(1),
             float(2**bits - 1),
             SYMMETRIC=symmetric,
-            ODD=odd,
+            ODD=levels == "odd",
+            LOWEST=float(lowest_code(levels)),
             STEPS=MSE_STEPS if mse else 1,
             SIZE=size,
             GROUPS=GROUPS,

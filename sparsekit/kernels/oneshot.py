@@ -11,7 +11,7 @@ from sparsekit.kernels import FLOATS, Kernels, runs_triton
 
 if TYPE_CHECKING:
     from sparsekit.pattern import Pattern
-    from sparsekit.quant import Grid
+    from sparsekit.quant import Grid, Levels
 
 WIDEST = 128  # columns that the sweep's kernel settles at a time
 TURN = 8  # columns of its longest turn, and so M of a pattern: with 16 it spills, and compiles for 20 s
@@ -39,7 +39,7 @@ class Settle(Protocol):
 class Fit(Protocol):
     """`kernels.grids.fit`."""
 
-    def __call__(self, weight: Tensor, bits: int, symmetric: bool, mse: bool, odd: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, weight: Tensor, bits: int, symmetric: bool, mse: bool, levels: Levels) -> tuple[Tensor, Tensor]:
         """Scale and zero-point of each leading index."""
         ...
 

@@ -10,10 +10,11 @@ from pydantic import AfterValidator, Field
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
 from sparsekit.pattern import Pattern
+from sparsekit.quant import Levels
 from sparsekit.registry import model_method
 from sparsekit.training.annealing import AstPolicy
 from sparsekit.training.distill import Direction, Objective
-from sparsekit.training.grids import Levels, rounding_of
+from sparsekit.training.grids import rounding_of
 from sparsekit.training.loop import Fit, Trained, TrainJob
 from sparsekit.training.lowbits import Masters, Memory, States, mixed
 from sparsekit.training.optim import DecayRule, Rule, SecondMoment, SparseAdamW
@@ -35,6 +36,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[Fraction, Field(ge=0, le=1)]
 
 WITHOUT_GRID = {"levels": "integer", "scales": "learned", "quantize_from": 0.0, "group_size": 128}  # without bits
+TERNARY_BITS = 2
 COMPILE_MINUTES = 3.0
 COMPILE_STEPS = 100  # shorter runs do not earn the compilation back
 
@@ -52,7 +54,7 @@ def _wrong(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """What is wrong with the bits and what belongs to them."""
-    bits, odd, pattern = values["bits"], values["levels"] == "odd", values["pattern"]
+    bits, pattern = values["bits"], values["pattern"]
     if not pattern.structured and pattern.sparsity:
         return "sparsity", f'ast trains N:M patterns, as in pattern: "2:4"; got {pattern}'
     if bits is None:
@@ -62,14 +64,23 @@ def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
         if not pattern.sparsity:
             return "pattern", 'ast without bits trains N:M patterns, as in pattern: "2:4"; sparsity is 0'
         return None
-    if not odd and bits == 1:
-        return "bits", "1 bit has the levels -1 and 0; levels: odd gives a kept weight a sign and no 0"
-    if odd and bits == 8:
-        return "bits", "levels: odd takes up to 7 bits: a code has one more, for the 0 of pruned weights"
+    if wrong := _wrong_levels(bits, values["levels"]):
+        return "bits", wrong
     if values["forward"] == "dense":
         return "forward", "forward: dense computes with pruned weights, and the grid has no place for them"
     if values["weight_scaling"]:
         return "weight_scaling", "weight_scaling multiplies rows, and the steps of the grid scale them already"
+    return None
+
+
+def _wrong_levels(bits: int, levels: Levels) -> str | None:
+    """Why there are no such levels of so many bits."""
+    if levels == "ternary" and bits != TERNARY_BITS:
+        return f"levels: ternary are -1, 0 and 1, codes of 2 bits; write bits: 2 in place of {bits}"
+    if levels == "integer" and bits == 1:
+        return "1 bit has the levels -1 and 0; levels: odd gives a kept weight a sign and no 0"
+    if levels == "odd" and bits == 8:
+        return "levels: odd takes up to 7 bits: a code has one more, for the 0 of pruned weights"
     return None
 
 
@@ -145,7 +156,8 @@ def ast(
         group_size: Inputs of a row that share a step of the grid; -1 for one group a row.
         levels: `integer` has -2^(bits-1)..2^(bits-1)-1. `odd` has ±1, ±3, ..., ±(2^bits - 1) and no 0 for kept
             weights, which their place tells from pruned ones; their codes have one bit more in formats that
-            store zeros. From 1 bit on.
+            store zeros. From 1 bit on. `ternary` has -1, 0 and 1, with bits: 2, of which a format may store
+            five in a byte.
         scales: `learned` fits the steps of the grid to the kept weights once, when they go on it, and trains
             them from there; `fitted` fits them whenever the mask is chosen, and a last time when it freezes.
         quantize_from: Share of the steps before the weights go on the grid.

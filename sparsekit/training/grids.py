@@ -14,16 +14,14 @@ range keep their gradient.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsekit.errors import MethodError
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid, QuantizedWeight, Rounding, resolve_group_size, store_scale
+from sparsekit.quant import Grid, Levels, QuantizedWeight, Rounding, lowest_code, resolve_group_size, store_scale
 
-Levels = Literal["integer", "odd"]
 LEAST = 0.5  # a step shrinks to no less of itself at once, whatever the rate
 SEARCHED = 3  # bits up to which, on an integer grid, a clipped range is searched for
 
@@ -34,24 +32,27 @@ def rounding_of(bits: int, group_size: int, levels: Levels) -> Rounding:
     Args:
         bits: That tell a kept weight. An odd grid has one more, see `quant`.
         group_size: -1 for one group a row.
-        levels: `integer`: -2^(bits-1)..2^(bits-1)-1; `odd`: ±1, ±3, ..., ±(2^bits - 1).
+        levels: `integer`: -2^(bits-1)..2^(bits-1)-1; `odd`: ±1, ±3, ..., ±(2^bits - 1); `ternary`: -1, 0, 1.
     """
     odd = levels == "odd"
-    return Rounding(bits + odd, group_size, mse=odd or bits <= SEARCHED, odd=odd)
+    return Rounding(bits + odd, group_size, mse=odd or bits <= SEARCHED, levels=levels)
 
 
 def bits_per_weight(rounding: Rounding, pattern: Pattern, size: int) -> float:
     """What a weight takes: kept codes, their positions in the group of M, a float16 step for each group of inputs.
 
-    Positions are stored as in sparsekit-24, one by one: 1 bit a weight at 2:4.
+    Positions are stored as in sparsekit-24, one by one: 1 bit a weight at 2:4. Ternary weights are told five
+    to a byte, pruned ones by their 0.
 
     Args:
         rounding: How.
         pattern: N:M, or nothing pruned.
         size: Inputs of a group of a step.
     """
+    if rounding.levels == "ternary":
+        return 8 / 5 + 16 / size
     positions = (pattern.m - 1).bit_length() if pattern.sparsity else 0
-    return (1 - pattern.sparsity) * (rounding.bits - rounding.odd + positions) + 16 / size
+    return (1 - pattern.sparsity) * (rounding.bits - (rounding.levels == "odd") + positions) + 16 / size
 
 
 def group_of(rounding: Rounding, name: str, columns: int) -> int:
@@ -91,14 +92,14 @@ def on_grid(weight: Tensor, mask: Tensor, step: Tensor, rounding: Rounding) -> T
         rounding: How.
     """
     shape = (*step.shape, -1)  # [out, groups, size]
-    grid = Grid.of_scale(step, rounding.bits, odd=rounding.odd)
+    grid = Grid.of_scale(step, rounding.bits, levels=rounding.levels)
     return grid.round(weight.float().reshape(shape), mask.reshape(shape)).reshape(weight.shape)
 
 
 def integers(weight: Tensor, mask: Tensor, step: Tensor, rounding: Rounding) -> QuantizedWeight:
     """The integers that `on_grid` stands for; arguments as there."""
     shape = (*step.shape, -1)
-    grid = Grid.of_scale(step, rounding.bits, odd=rounding.odd)
+    grid = Grid.of_scale(step, rounding.bits, levels=rounding.levels)
     codes = grid.encode(weight.float().reshape(shape), mask.reshape(shape)).reshape(weight.shape)
     return QuantizedWeight.of(codes, grid, group_size=weight.shape[1] // step.shape[1], symmetric=True)
 
@@ -141,7 +142,7 @@ def learn_(
     """
     step, shape = state["step"], (*state["step"].shape, -1)
     weight, kept = state["dense"].float().reshape(shape), state["mask"].reshape(shape)
-    grid = Grid.of_scale(step, rounding.bits, odd=rounding.odd)
+    grid = Grid.of_scale(step, rounding.bits, levels=rounding.levels)
     level = grid.encode(weight, kept) - grid.zero.unsqueeze(-1)
     value = weight / step.unsqueeze(-1)
     low, high = range_of(rounding)
@@ -160,4 +161,6 @@ def learn_(
 def range_of(rounding: Rounding) -> tuple[float, float]:
     """The range of a grid in steps, half a level beyond the first and the last one."""
     half = 2.0 ** (rounding.bits - 1)
-    return (-half, half) if rounding.odd else (-half - 0.5, half - 0.5)
+    if rounding.levels == "odd":
+        return -half, half
+    return lowest_code(rounding.levels) - half - 0.5, half - 0.5

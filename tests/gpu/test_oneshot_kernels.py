@@ -113,15 +113,15 @@ def test_grids_are_the_references(symmetric):
             assert (found._loss(weight) <= expected._loss(weight) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_odd_grids_are_the_references(bits):
+@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (2, "ternary")])
+def test_grids_of_other_levels_are_the_references(bits, levels):
     generator = torch.Generator(CUDA).manual_seed(1)
     weight = torch.randn((1008, 128), generator=generator, device=CUDA)
     weight *= Pattern(2, 4).keep(weight.abs())
     weight[5] = 0.0
     for mse in (False, True):
-        expected = Grid.fit_reference(weight, bits, symmetric=True, mse=mse, odd=True)
-        found = Grid(*fit(weight, bits, True, mse, True), bits, odd=True)
+        expected = Grid.fit_reference(weight, bits, symmetric=True, mse=mse, levels=levels)
+        found = Grid(*fit(weight, bits, True, mse, levels), bits, levels)
         assert agreement(found.scale, expected.scale) > (0.99 if mse else 0.999999)
         assert (found._loss(weight) <= expected._loss(weight) * (1 + 1e-5)).all()
 

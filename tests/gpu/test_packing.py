@@ -65,6 +65,17 @@ def test_a_permuted_index_packs_the_same():
         assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
 
 
+@pytest.mark.parametrize(("levels", "bits"), [("odd", 1), ("odd", 2), ("integer", 3), ("ternary", 2)])
+def test_compact_codes_of_every_weight_pack_and_unpack_the_same(levels, bits):
+    weight, _ = integers(False, bits + (levels == "odd"))
+    random = torch.randint(0, 3 if levels == "ternary" else 2**bits, weight.codes.shape)
+    codes = {"odd": 2 * random + 1, "ternary": random + 1, "integer": random}[levels].to(torch.uint8)
+    weight, storage = dataclasses.replace(weight, codes=codes), STORAGES["sparsekit-compact"]
+    one, two = storage.pack(weight, levels), storage.pack(weight.to("cuda"), levels)
+    assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
+    assert weight.equal(storage.unpack(two, Setting(weight.bits, GROUP, True, False, levels)).to("cpu"))
+
+
 @pytest.mark.parametrize(
     ("levels", "bits"), [("odd", 1), ("odd", 2), ("odd", 3), ("odd", 4), ("integer", 2), ("integer", 3)]
 )

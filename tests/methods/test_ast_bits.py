@@ -10,6 +10,8 @@ from test_run import AST, run, write
 
 from sparsekit.errors import RecipeError
 from sparsekit.methods.ast import ast
+from sparsekit.models.chain import Chain
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, store_scale
 from sparsekit.recipe import read_recipe
@@ -21,12 +23,14 @@ SEARCHED = 5
 TWO_OF_FOUR, DENSE = Pattern(2, 4), Pattern.unstructured(0.0)
 INT4 = {**SETTING, "bits": 4, "group_size": 8}
 ODD2 = {**SETTING, "bits": 2, "levels": "odd", "group_size": 8}
+TERNARY = {**SETTING, "bits": 2, "levels": "ternary", "group_size": 8}
 ARMS = {
     "int4": INT4,
     "int3 a row": {**INT4, "bits": 3, "group_size": -1},
     "odd 2": ODD2,
     "fitted": {**ODD2, "scales": "fitted"},
     "signs": {**ODD2, "bits": 1},
+    "ternary": TERNARY,
     "late": {**INT4, "quantize_from": 0.5},
     "at the end": {**INT4, "quantize_from": 1.0},
     "in the freeze": {**INT4, "quantize_from": 0.9},
@@ -94,6 +98,14 @@ def test_dense_weights_on_a_grid_have_no_mask(tmp_path):
     assert trained.metrics["bits_per_weight"] == 2 + 16 / 8
 
 
+def test_dense_ternary_weights_have_three_levels(tmp_path):
+    trained = ast(make_job(tmp_path), pattern=DENSE, **TERNARY)
+    for state in trained.linears.values():
+        assert state.mask is None
+        assert state.quantized.codes.unique().tolist() == [1, 2, 3]
+    assert trained.metrics["bits_per_weight"] == pytest.approx(8 / 5 + 16 / 8)
+
+
 def test_a_mask_from_before_stays_without_a_pattern(tmp_path):
     job = make_job(tmp_path)
     masks = {name: TWO_OF_FOUR.keep(torch.rand_like(state.source)) for name, state in job.linears.items()}
@@ -129,15 +141,22 @@ def brute(weight, levels):
     return best
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
-def test_odd_steps_are_the_best_of_all_that_are_tried(bits, monkeypatch):
+@pytest.mark.parametrize(
+    ("bits", "kind", "levels"),
+    [
+        (1, "odd", [-1, 1]),
+        (2, "odd", [-3, -1, 1, 3]),
+        (3, "odd", [-7, -5, -3, -1, 1, 3, 5, 7]),
+        (2, "ternary", [-1, 0, 1]),
+    ],
+)
+def test_steps_are_the_best_of_all_that_are_tried(bits, kind, levels, monkeypatch):
     monkeypatch.setattr("sparsekit.quant.MSE_STEPS", 80)
     torch.manual_seed(bits)
     weight = torch.randn(6, 32)
-    mask = TWO_OF_FOUR.keep(weight.abs())
-    rounding = rounding_of(bits, 16, "odd")
+    mask = torch.ones(6, 32, dtype=torch.bool) if kind == "ternary" else TWO_OF_FOUR.keep(weight.abs())
+    rounding = rounding_of(bits, 16, kind)
     step = fitted(weight, mask, rounding, 16)
-    levels = [sign * odd for odd in range(1, 2**bits, 2) for sign in (-1, 1)]
     rounded = on_grid(weight, mask, step, rounding)
     for row in range(6):
         for group in range(2):
@@ -200,7 +219,7 @@ def test_steps_stay_between_choices_of_the_mask():
     assert torch.equal(state["step"], Grid.fit(kept, 4).scale)
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(4, "integer"), (3, "integer"), (2, "odd"), (1, "odd")])
+@pytest.mark.parametrize(("bits", "levels"), [(4, "integer"), (3, "integer"), (2, "odd"), (1, "odd"), (2, "ternary")])
 def test_a_learned_step_gets_autograds_gradient(bits, levels):
     torch.manual_seed(0)
     rounding = rounding_of(bits, 8, levels)
@@ -210,7 +229,7 @@ def test_a_learned_step_gets_autograds_gradient(bits, levels):
     state = {"dense": weight, "mask": mask, **first_step(store_scale(first), learned=True)}
     step = state["step"].clone().requires_grad_()
     top = 2 ** (rounding.bits - 1)
-    lowest, highest, half = (1 - top, top - 1, 1.0) if levels == "odd" else (-top, top - 1, 0.5)
+    lowest, highest, half = -top if levels == "integer" else 1 - top, top - 1, 1.0 if levels == "odd" else 0.5
     value = (weight.reshape(4, 2, 8) / step.unsqueeze(2)).clamp(lowest - half, highest + half)
     level = (on_grid(weight, mask, step.detach(), rounding).reshape(4, 2, 8) / step.detach().unsqueeze(2)).round()
     beyond = value.detach() != weight.reshape(4, 2, 8) / step.detach().unsqueeze(2)
@@ -246,6 +265,7 @@ def test_bits_of_a_weight():
     assert bits_per_weight(rounding_of(4, 128, "integer"), TWO_OF_FOUR, 128) == 3 + 1 / 8
     assert bits_per_weight(rounding_of(2, 128, "odd"), TWO_OF_FOUR, 128) == 2 + 1 / 8
     assert bits_per_weight(rounding_of(2, 128, "odd"), DENSE, 128) == 2 + 1 / 8
+    assert bits_per_weight(rounding_of(2, 128, "ternary"), DENSE, 128) == 1.6 + 1 / 8
     assert bits_per_weight(rounding_of(4, 64, "integer"), Pattern(4, 8), 64) == 3.5 + 1 / 4
 
 
@@ -256,6 +276,8 @@ REFUSED = {
     "group_size: 16": "group_size belongs to the grid",
     "bits: 1": "1 bit has the levels -1 and 0",
     "bits: 8, levels: odd": "up to 7 bits",
+    "bits: 3, levels: ternary": "codes of 2 bits; write bits: 2 in place of 3",
+    "levels: ternary": "levels belongs to the grid",
     "bits: 4, forward: dense": "forward: dense computes with pruned weights",
     "bits: 4, weight_scaling: 2": "weight_scaling multiplies rows",
     "bits: 9": "bits",
@@ -304,8 +326,37 @@ def test_a_run_reports_evaluates_and_exports_the_integers(tmp_path, random_model
     assert [export["format"] for export in report["exports"]] == ["gptq", "sparsekit-24-compact"]
 
 
+def logits(directory):
+    with Chain(ModelView.open(directory, dtype="float32", device="cpu")).forward() as forward:
+        return forward(torch.arange(48).reshape(2, 24))
+
+
+@pytest.mark.parametrize(
+    ("keys", "bits", "of_codes"),
+    [
+        ("bits: 3", 3, 3),
+        ("bits: 2, levels: odd", 2, 3),
+        ("bits: 2, levels: ternary", 1.6, 2),
+        ("bits: 1, levels: odd", 1, 2),
+    ],
+)
+def test_rivals_without_a_pattern_are_stored_in_their_bits(tmp_path, random_model, keys, bits, of_codes):
+    """Trained, reported, exported, and the export opened again computes the same."""
+    step = AST.replace("ast,", f"ast, {keys}, sparsity: 0, group_size: 64,")
+    step = step.replace('pattern: "2:4", ', "")
+    run(write(tmp_path, random_model, step, formats="dense, sparsekit-compact"))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"][0]["bits"] == [of_codes]
+    assert report["steps"][0]["training"]["bits_per_weight"] == pytest.approx(bits + 16 / 64)
+    export = next(export for export in report["exports"] if export["format"] == "sparsekit-compact")
+    assert export["bits_per_weight"] == pytest.approx(bits + 16 / 64, abs=0.03)  # short ternary rows end in a byte
+    assert export["bytes"]["masks"] == 0
+    found = [logits(tmp_path / "run" / "export" / name) for name in ("dense", "sparsekit-compact")]
+    assert torch.equal(*found)
+
+
 def test_a_step_tells_the_bits_of_its_codes(tmp_path):
-    told = {"bits: 4": 4, "bits: 2, levels: odd": 3, "kl: 1.0": None}
+    told = {"bits: 4": 4, "bits: 2, levels: odd": 3, "bits: 2, levels: ternary": 2, "kl: 1.0": None}
     for keys, bits in told.items():
         (step,) = read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}")).steps
         assert step.code_bits == bits

@@ -1,0 +1,198 @@
+"""sparsekit-compact: integers of every weight, as small on disk as their levels allow.
+
+What sparsekit-24-compact is to 2:4, for linears without a pattern: no positions, and a code for every
+weight, zeros included. Of each linear, all row-major, every row by itself:
+
+- values uint8: the codes of a row as one little-endian bit stream, [out, in * bits / 8]; with ternary
+  levels five weights in a byte, [out, ceil(in / 5)]: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4, where t is the
+  level plus 1, and absent weights at the end of a row count as 0;
+- scales, zeros and group_of as in sparsekit-24.
+
+What a code q stands for depends on the levels, in units of the scale:
+
+- "odd": 2 q + 1 - 2^bits, that is ±1, ±3, ... with no level for 0. This is what a symmetric grid of one
+  bit more becomes when every code is an odd number of steps from its zero-point; 1 to 4 bits are stored
+  of 2 to 5.
+- "ternary": -1, 0, 1: a symmetric grid of 2 bits without the lowest code, in 1.6 bits.
+- "integer": q - zero, for grids of 2, 3 and 4 bits.
+
+All quantized linears of a model have the same levels, the smallest that all allow. A mask is not told by
+the values and lies beside them, as with formats of others.
+
+The files are called sparsekit-compact*.safetensors, and the digests of sparsekit.json must match, for
+the reasons given in sparsekit24.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import CheckpointError
+from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
+from sparsekit.formats.fours import grid_tensors, read_grid
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
+from sparsekit.interchange.engines import EngineNote
+from sparsekit.quant import QuantizedWeight
+from sparsekit.shelf import Origin
+from sparsekit.state import LinearState
+
+VERSION = 1
+ODD, TERNARY, INTEGER = "odd", "ternary", "integer"
+STORED = {ODD: (1, 2, 3, 4), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code; ternary ones are stored in 1.6
+UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a ternary row tell how many there are
+FIVE = 5  # ternary weights in a byte
+POWERS = (1, 3, 9, 27, 81)
+FEWER = "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd or ternary"
+
+
+class Compact:
+    """See the module."""
+
+    title = "sparsekit-compact"
+    method = "sparsekit-compact"
+    stem = "sparsekit-compact"
+    parts: Mapping[str, str] = {"values": "codes", "scales": "scales", "zeros": "zeros", "group_of": "groups"}
+    bits: tuple[int, ...] = tuple(sorted({*STORED[INTEGER], *(bits + 1 for bits in STORED[ODD])}))
+    checksums = True
+
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
+        """The levels; odd ones take one bit less, ternary ones 0.4."""
+        return (ODD, TERNARY, INTEGER) if symmetric else (INTEGER,)
+
+    def obstacle(self, state: LinearState, layout: str) -> str | None:
+        """Bits without a layout, rows that do not fill bytes, codes that the levels do not have."""
+        weight = state.quantized
+        assert weight is not None  # only asked about quantized linears
+        if weight.codes.shape[1] % UNIT:
+            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
+        if weight.bits - (layout == ODD) not in STORED[layout]:
+            return f"{weight.bits} bits have no sparsekit-compact layout with levels {layout}; {FEWER}"
+        if layout == ODD and (even := int((weight.codes & 1 ^ 1).sum())):
+            return f"{even} codes are an even number of steps from zero"
+        if layout == TERNARY and (lowest := int((weight.codes == 0).sum())):
+            return f"{lowest} codes stand for -2"
+        return inexact_scale(weight)
+
+    def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Two to four tensors; a mask changes nothing."""
+        if layout == TERNARY:
+            values = _fives(weight.codes - 1)
+        elif layout == ODD:
+            values = _stream(weight.codes >> 1, weight.bits - 1)
+        else:
+            values = _stream(weight.codes, weight.bits)
+        return {"values": values, **grid_tensors(weight)}
+
+    def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
+        """Inverse of `pack`."""
+        values = tensor(found, "values", (torch.uint8,))
+        bits = setting.bits - (setting.layout == ODD)
+        out, held = values.shape
+        columns = (FIVE * held if setting.layout == TERNARY else 8 * held // bits) // UNIT * UNIT
+        expected = -(-columns // FIVE) if setting.layout == TERNARY else columns * bits // 8
+        check_shape("values", values, (out, expected), setting)
+        scale, zero, group_of = read_grid(found, setting, out, columns)
+        if setting.layout == TERNARY:
+            codes = _apart(values, columns) + 1
+        else:
+            codes = _codes(values, bits)
+            codes = codes << 1 | 1 if setting.layout == ODD else codes
+        return assembled(codes, scale, zero, group_of, setting)
+
+    def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
+        """None: a pruned weight looks like one that was rounded to zero."""
+        return None
+
+    def config(self, setting: Setting, left_dense: Sequence[str]) -> dict[str, Any]:
+        """The header: what this is, its version, the bits of a code, the levels, and the grid."""
+        return {
+            "quant_method": self.method,
+            "version": VERSION,
+            "bits": setting.bits - (setting.layout == ODD),
+            "levels": setting.layout,
+            **grid_header(setting),
+        }
+
+    def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:
+        """None."""
+        return {}
+
+    def setting(self, config: Mapping[str, Any]) -> Setting:
+        """Of this version of sparsekit."""
+        one_of(config, "version", (VERSION,))
+        levels = one_of(config, "levels", (ODD, TERNARY, INTEGER))
+        bits = one_of(config, "bits", STORED[levels]) + (levels == ODD)
+        symmetric = one_of(config, "symmetric", (True, False) if levels == INTEGER else (True,))
+        act_order = one_of(config, "act_order", (True, False))
+        return Setting(bits, whole(config, "group_size"), symmetric, act_order, levels)
+
+    def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
+        """That it is ours alone, and what the levels cost."""
+        yield "only sparsekit reads this format; `sparsekit run` with steps: [] turns it into any other, losslessly"
+        taken = {ODD: f"{setting.bits - 1} bits", TERNARY: "1.6 bits", INTEGER: f"{setting.bits} bits"}
+        yield f"levels {setting.layout}: {taken[setting.layout]} a weight, and a scale for each group of inputs"
+        if sparse:
+            yield "zeros of a pattern are stored as codes; sparsekit-24-compact leaves them out"
+
+
+def _stream(codes: Tensor, bits: int) -> Tensor:
+    """Each row as a little-endian bit stream: uint8 [out, in] of values below 2^bits to uint8 [out, in * bits / 8]."""
+    eights = codes.reshape(len(codes), -1, 8)  # they fill `bits` bytes
+    filled = torch.zeros(*eights.shape[:2], bits, dtype=torch.uint8, device=codes.device)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        filled[..., byte] |= eights[..., place] << shift
+        if shift + bits > 8:
+            filled[..., byte + 1] |= eights[..., place] >> 8 - shift
+    return filled.flatten(1)
+
+
+def _codes(values: Tensor, bits: int) -> Tensor:
+    """Inverse of `_stream`."""
+    held = values.reshape(len(values), -1, bits)
+    codes = torch.empty(*held.shape[:2], 8, dtype=torch.uint8, device=values.device)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        code = held[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | held[..., byte + 1] << 8 - shift
+        codes[..., place] = code & 2**bits - 1
+    return codes.flatten(1)
+
+
+def _fives(trits: Tensor) -> Tensor:
+    """Five in a byte: uint8 [out, in] of 0, 1, 2 to uint8 [out, ceil(in / 5)]."""
+    whole = torch.nn.functional.pad(trits, (0, -trits.shape[1] % FIVE))
+    filled = torch.zeros_like(whole[:, ::FIVE])
+    for place, power in enumerate(POWERS):
+        filled += power * whole[:, place::FIVE]
+    return filled
+
+
+def _apart(values: Tensor, columns: int) -> Tensor:
+    """Inverse of `_fives`: uint8 [out, columns].
+
+    Raises:
+        CheckpointError: No such bytes were ever written.
+    """
+    if bool((values >= 3**FIVE).any()):
+        raise CheckpointError(f"values holds {int(values.max())}; five ternary weights have 243 codes, 0..242")
+    if bool((values[:, -1:] >= 3 ** (columns - FIVE * (values.shape[1] - 1))).any()):
+        raise CheckpointError("values holds more weights at the end of a row than the row has")
+    trits = torch.stack([values // power % 3 for power in POWERS], 2)
+    return trits.flatten(1)[:, :columns].contiguous()
+
+
+def _engines(setting: Setting | None) -> list[EngineNote]:
+    return [
+        EngineNote("sparsekit", "loads", "The run read every integer back and compared it."),
+        EngineNote("Transformers 5", "refuses", "It finds no weight file under a name it knows."),
+        EngineNote("vLLM, auto-gptq", "not checked", "They refuse sparsekit-24, whose files are as foreign to them."),
+    ]
+
+
+FORMAT = Format("sparsekit-compact", Compact(), _engines, Origin.of(Compact), __doc__)
