@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-from sparsekit.errors import MethodError, PluginError
+from sparsekit.errors import MethodError, PluginError, in_one_line
 from sparsekit.registry import METHODS, Method
 from sparsekit.state import LinearState
 from sparsekit.stats import Statistic
@@ -90,8 +90,12 @@ def _error(message: str, value: Any) -> ValidationError:
     return ValidationError.from_exception_data("allocate", [InitErrorDetails(type=problem, loc=(), input=value)])
 
 
-def checked(method: str, shares: Mapping[str, float], sizes: Mapping[str, int], target: float) -> dict[str, float]:
-    """The shares, if each is a fraction and their mean over weights is the target."""
+def checked(method: str, found: object, sizes: Mapping[str, int], target: float) -> dict[str, float]:
+    """What a method returned as shares by layer, if each is a fraction and their mean over weights is the target."""
+    try:
+        shares = {str(name): float(share) for name, share in dict(found).items()}  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor of several values is a RuntimeError
+        raise MethodError(f"{method} returned no numbers by layer: {in_one_line(error)}") from error
     if set(shares) != set(sizes):
         raise MethodError(f"{method} gave a sparsity to {len(shares)} layers, the step has {len(sizes)}")
     for name, share in shares.items():

@@ -92,6 +92,6 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def in_one_line(error: Exception, most: int = 200) -> str:
+def in_one_line(error: BaseException, most: int = 200) -> str:
     """What an error of another library says, its first lines joined, in at most so many characters."""
     return textwrap.shorten(str(error), most, placeholder=" ...")

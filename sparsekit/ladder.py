@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericsError
+from sparsekit.pluginfile import named_failures
 from sparsekit.stats import DAMP_LADDER, Gram, Statistic
 
 Rung = Literal["none", "damping", "tokens", "columns", "diagonal"]
@@ -128,7 +129,9 @@ class Ladder:
         except NumericsError as error:
             if not self.allows("diagonal") or not isinstance(statistic, Mendable):
                 raise
-            return method(noted(f"all inputs were taken as uncorrelated: {error}"), statistic.diagonal())
+            with named_failures(f"diagonal of statistic {type(statistic).__name__}", type(statistic)):
+                plain = statistic.diagonal()
+            return method(noted(f"all inputs were taken as uncorrelated: {error}"), plain)
 
 
 def finite(statistic: Statistic) -> bool:

@@ -1,13 +1,20 @@
-"""Running a plugin's file: whatever goes wrong in it, its name is told."""
+"""Running plugins' files and functions: whatever goes wrong in them, their name is told."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sparsekit.errors import PluginError
+import torch
+
+from sparsekit.errors import PluginError, SparsekitError, in_one_line
 
 
 def run_file(path: Path) -> None:
@@ -32,3 +39,39 @@ def run_file(path: Path) -> None:
         raise
     except (Exception, SystemExit) as error:  # a plugin may fail in any way; its file is what to name
         raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def named_failures(what: str, defined: Callable[..., Any]) -> Iterator[None]:
+    """Turn whatever a plugin's code raises into an error that names it and the line that failed.
+
+    Errors of sparsekit pass, and so does a device without memory, for which there is a second try elsewhere.
+    What sparsekit's own code raises passes as well: that is a bug, and a traceback says most about it.
+
+    Args:
+        what: What failed, for people, as in "pack of bytewise".
+        defined: The function or class that runs; whoever defined it is to be named.
+    Raises:
+        PluginError: It raised something, or wanted to end the process.
+    """
+    try:
+        yield
+    except (SparsekitError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way; its function is what to name
+        if defined.__module__.startswith("sparsekit."):
+            raise
+        told = in_one_line(error)
+        told = f"{type(error).__name__}: {told}" if told else type(error).__name__
+        where = _place(error, inspect.getfile(inspect.unwrap(defined)))
+        raise PluginError(f"{what} failed: {told} ({where}); sparsekit -v shows the traceback") from error
+
+
+def _place(error: BaseException, file: str) -> str:
+    """Where in a file something went wrong, and where else if that line called into another one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    if not own:
+        return file  # it was not even entered: its arguments are not those it is called with
+    place, last = f"{own[-1].filename}:{own[-1].lineno}", frames[-1]
+    return place if last is own[-1] else f"{place}, in {last.filename}:{last.lineno}"

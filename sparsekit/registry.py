@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from sparsekit.errors import PluginError, nearest
-from sparsekit.pluginfile import run_file
+from sparsekit.pluginfile import named_failures, run_file
 from sparsekit.signature import docstring, parameters, source_of, without_args
 from sparsekit.stats import Statistic
 
@@ -87,6 +87,11 @@ class Method:
     def built_in(self) -> bool:
         """Whether it came with sparsekit."""
         return self.origin.startswith("sparsekit.methods.")
+
+    @property
+    def guarded(self) -> Callable[..., Any]:
+        """The function as drivers call it: a plugin that fails is named; see `named_failures`."""
+        return named_failures(f"method {self.name}", self.function)(self.function)
 
     @property
     def summary(self) -> str:
@@ -192,7 +197,7 @@ class Registry:
                     point.load()
                 except PluginError:
                     raise
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     hint = f"{NO_PLUGINS}=1 starts without plugins"
                     raise PluginError(f"plugin {point.name!r} ({point.value}) failed: {error}; {hint}") from error
 
@@ -275,16 +280,14 @@ def _decorator(
 def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]) -> Method:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"method name {name!r} must be lower case letters, digits and _")
-    file = Path(inspect.getfile(function))
+    file = Path(inspect.getfile(inspect.unwrap(function)))  # not that of a decorator around it
     signature = inspect.signature(function)
     given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
     expected = 2 if stats is not None or scope == "layers" else 1
     if len(given) != expected:
         names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
         names = "(layers, sparsity, /, ...)" if scope == "layers" else names
-        message = f"must take {names}: {expected} positional-only arguments, it has {len(given)}"
-        raise PluginError(f"method {name!r} {message}")
-    origin = function.__module__ if function.__module__.startswith("sparsekit.") else str(file)
+        raise PluginError(f"method {name!r} must take {names}: {expected} positional-only, it has {len(given)}")
     return Method(
         name=name,
         kind=kind,
@@ -292,6 +295,6 @@ def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, 
         stats=stats,
         function=function,
         parameters=parameters("method", name, function, signature),
-        origin=origin,
+        origin=function.__module__ if function.__module__.startswith("sparsekit.") else str(file),
         digest=hashlib.sha256(file.read_bytes()).hexdigest(),
     )

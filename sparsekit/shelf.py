@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-
-from sparsekit.errors import PluginError, SparsekitError
+from sparsekit.errors import PluginError
 from sparsekit.registry import METHODS
 
 
@@ -35,7 +32,7 @@ class Origin:
     @classmethod
     def of(cls, defined: Callable[..., Any]) -> Origin:
         """Where a function or class is written."""
-        file, module = Path(inspect.getfile(defined)), defined.__module__
+        file, module = Path(inspect.getfile(inspect.unwrap(defined))), defined.__module__
         place = module if module.startswith("sparsekit.") else str(file)
         return cls(place, hashlib.sha256(file.read_bytes()).hexdigest())
 
@@ -101,25 +98,6 @@ class Shelf(Mapping[str, T]):
     def __len__(self) -> int:
         METHODS.load_entry_points()
         return len(self._things)
-
-
-@contextmanager
-def named_failures(what: str) -> Iterator[None]:
-    """Turn whatever a plugin's function raises into an error that names it.
-
-    Errors of sparsekit pass, and so does a device without memory, for which there is a second try elsewhere.
-
-    Args:
-        what: The function, for people, as in "pack of bytewise".
-    Raises:
-        PluginError: It raised something, or wanted to end the process.
-    """
-    try:
-        yield
-    except (SparsekitError, torch.OutOfMemoryError):
-        raise
-    except (Exception, SystemExit) as error:  # a plugin may fail in any way; its function is what to name
-        raise PluginError(f"{what} failed: {type(error).__name__}: {error}; sparsekit -v shows where") from error
 
 
 def foreign_code(users: Mapping[str, Named]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from sparsekit.errors import NumericsError
+from sparsekit.errors import NumericsError, PluginError
+from sparsekit.pluginfile import named_failures
 from sparsekit.sweep.root import Root, root_in_place
 
 CORE_TOKENS = 128  # tokens that tensor cores add up without rounding losses that show (kernels/products.py)
@@ -37,6 +38,22 @@ class Statistic(Protocol):
     def merge(self, other: Self) -> None:
         """Add what another accumulator saw; order matters up to rounding only."""
         ...
+
+
+def begun(kind: type[Statistic], in_features: int, device: torch.device) -> Statistic:
+    """A statistic without tokens; a plugin's that fails is named."""
+    with named_failures(f"empty of statistic {kind.__name__}", kind):
+        made = kind.empty(in_features, device)
+        whole = isinstance(made, kind) and hasattr(made, "tokens")
+    if not whole:
+        raise PluginError(f"empty of statistic {kind.__name__} must return one, with its count of `tokens`, 0 at first")
+    return made
+
+
+def added(statistic: Statistic, x: Tensor) -> None:
+    """Add tokens [tokens, in]; a plugin's statistic that fails is named."""
+    with named_failures(f"update of statistic {type(statistic).__name__}", type(statistic)):
+        statistic.update(x)
 
 
 class InputNorm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from sparsekit.errors import MethodError, PatternError
 from sparsekit.ladder import rungs_of
 from sparsekit.pattern import Pattern
+from sparsekit.quant import QuantizedWeight
 from sparsekit.registry import Kind
-from sparsekit.state import LinearState
+from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram, Statistic
 
 
@@ -64,6 +65,24 @@ def as_json(records: Sequence[LayerRecord], remarks: list[str]) -> list[dict[str
         found[0]["notes"] = [*found[0]["notes"], *remarks]
         remarks.clear()
     return found
+
+
+def same_group(result: object, given: Mapping[str, LinearState]) -> Group:
+    """What a method of scope group returned.
+
+    Raises:
+        MethodError: It is no group, or one of other linears than those of `given`.
+    """
+    if not isinstance(result, Group):
+        raise MethodError(f"the method returned {told_type(result)}, expected the Group with its new linears")
+    if result.linears.keys() != given.keys():
+        raise MethodError(f"the method returned the linears {', '.join(result.linears)}, not those it was given")
+    return result
+
+
+def told_type(value: object) -> str:
+    """What somebody returned, short enough for a message."""
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def verified(
@@ -156,9 +175,8 @@ def examined(
     seconds: float,
 ) -> Examined:
     """`verified` without waiting for the device; only what the host knows is raised here."""
+    _check_form(before, after)
     weight = after.weight
-    if weight.shape != before.source.shape:
-        raise MethodError(f"the method changed the shape to {list(weight.shape)}", layer=before.name)
     if kind == "quantize" and after.quantized is None:
         raise MethodError("a quantizer returned no integers; use layer.with_quantized(...)", layer=before.name)
     if after.branch is None and before.branch is not None:
@@ -195,6 +213,27 @@ def examined(
         branch_parameters=0 if after.branch is None else after.branch.parameters,
     )
     return Examined(torch.stack([count.double() for count in counts]), proven, str(pattern))
+
+
+def _check_form(before: LinearState, after: LinearState) -> None:
+    """Whether a result is made of tensors as a state has them; what is in them is counted later."""
+    if not isinstance(after, LinearState):
+        raise MethodError(f"the method returned {told_type(after)}, expected a LinearState", layer=before.name)
+    parts: dict[str, tuple[object, torch.dtype | None]] = {"values": (after.source, torch.float32)}
+    if after.mask is not None:
+        parts["a mask"] = (after.mask, torch.bool)
+    if after.quantized is not None:
+        parts["integers"] = (after.quantized.codes if isinstance(after.quantized, QuantizedWeight) else None, None)
+    for what, (value, dtype) in parts.items():
+        if not isinstance(value, Tensor):
+            raise MethodError(f"the method returned {what} that are none: {told_type(value)}", layer=before.name)
+        if value.shape != before.source.shape:
+            raise MethodError(f"the method changed the shape: {what} of {list(value.shape)}", layer=before.name)
+        if dtype is not None and value.dtype != dtype:
+            raise MethodError(f"the method returned {what} in {value.dtype}, expected {dtype}", layer=before.name)
+        if value.device != before.source.device:
+            told = f"the method returned {what} on {value.device}, given was {before.source.device}"
+            raise MethodError(told, layer=before.name)
 
 
 def labelled(pattern: Pattern | None, state: LinearState) -> str | None:

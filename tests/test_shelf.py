@@ -140,7 +140,7 @@ def test_plugins_that_do_not_keep_their_word_are_named():
         with pytest.raises(CheckpointError, match=f"unpack of mine {message}"):
             format_of(None, unpack).unpack({"codes": torch.zeros(2)}, None)
     for pack, message in (
-        (lambda weight, mask: 1 / 0, "failed: ZeroDivisionError: division by zero; sparsekit -v shows where"),
+        (lambda weight, mask: 1 / 0, "failed: ZeroDivisionError: division by zero .*test_shelf.py:"),
         (lambda weight, mask: sys.exit(0), "failed: SystemExit: 0"),
         (lambda weight, mask: None, "returned None, expected tensors by suffix"),
         (lambda weight, mask: {"codes": [1]}, "returned a list as 'codes', expected a tensor"),

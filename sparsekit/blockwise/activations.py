@@ -15,7 +15,7 @@ from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain, one_pass
 from sparsekit.models.view import Call, ModelView
 from sparsekit.shortage import half, twice
-from sparsekit.stats import Statistic
+from sparsekit.stats import Statistic, added, begun
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # enough to fill the unit, little enough for its memory
 DEVICE_SHARE = 0.25  # of the free device memory that the activation buffer may take; beyond it stays on the host
@@ -107,7 +107,7 @@ class Activations:
         self, index: int, groups: Sequence[Sequence[str]], kind: type[Statistic], finite: bool
     ) -> list[Statistic]:
         linears = self.view.linears(index)
-        statistics = [kind.empty(linears[group[0]].in_features, self.view.device) for group in groups]
+        statistics = [begun(kind, linears[group[0]].in_features, self.view.device) for group in groups]
         handles = [
             linears[group[0]].register_forward_pre_hook(self.feeder(group[0], statistic, finite=finite))
             for group, statistic in zip(groups, statistics, strict=True)
@@ -128,7 +128,7 @@ class Activations:
         def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             (x,) = arguments
             rows = x.detach().reshape(-1, x.shape[-1])
-            statistic.update(rows[torch.isfinite(rows).all(-1)] if finite else rows)
+            added(statistic, rows[torch.isfinite(rows).all(-1)] if finite else rows)
 
         return feed
 
@@ -177,12 +177,12 @@ class Activations:
 
         def feed(group: int, x: Tensor) -> None:
             if group not in statistics:
-                statistics[group] = kind.empty(doors[group].in_features, self.view.device)
+                statistics[group] = begun(kind, doors[group].in_features, self.view.device)
             self.feeder(groups[group][0], statistics[group], finite=False)(doors[group], (x,))
 
         def settle_and_drop(group: int) -> None:
             known = group in statistics  # not if no token reached it
-            settle(group, statistics.pop(group) if known else kind.empty(doors[group].in_features, self.view.device))
+            settle(group, statistics.pop(group) if known else begun(kind, doors[group].in_features, self.view.device))
 
         batches = list(self._batches())
         try:

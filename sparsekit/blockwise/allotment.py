@@ -69,9 +69,8 @@ class Allotment:
 
         method = self.allocate.method
         with torch.inference_mode():
-            found = method.function(noting(), self.target, **self.allocate.arguments)
-        shares = {name: float(share) for name, share in found.items()}
-        return checked(method.name, shares, sizes, self.target)
+            found = method.guarded(noting(), self.target, **self.allocate.arguments)
+        return checked(method.name, found, sizes, self.target)
 
     def _layers(self) -> Iterator[Measured]:
         """Every layer of the step in model order, its block resident, its state where the statistic is."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 
-class CalledAgain(Exception):
-    """A linear was called a second time after its group was compressed."""
+class CalledAgain(BaseException):
+    """A linear was called a second time after its group was compressed. No failure, so nobody else may catch it."""
 
 
 class _Stopped(BaseException):

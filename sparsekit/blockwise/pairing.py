@@ -13,6 +13,7 @@ from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.crossgram import Paired
 from sparsekit.errors import MethodError
 from sparsekit.models.view import ModelView
+from sparsekit.pluginfile import named_failures
 from sparsekit.stats import Statistic
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
@@ -88,7 +89,8 @@ class PairedActivations(Activations):
             if finite:
                 usable = torch.isfinite(now).all(-1) & torch.isfinite(then).all(-1)
                 now, then = now[usable], then[usable]
-            statistic.pair(then, now)
+            with named_failures(f"pair of statistic {type(statistic).__name__}", type(statistic)):
+                statistic.pair(then, now)
 
         return feed
 

@@ -15,7 +15,7 @@ import torch
 
 from sparsekit.blockwise.activations import free_memory
 from sparsekit.checkpoint import BlockState
-from sparsekit.errors import MethodError
+from sparsekit.errors import MethodError, PluginError
 from sparsekit.registry import Method
 from sparsekit.state import LinearState
 from sparsekit.stats import Statistic
@@ -148,8 +148,8 @@ def at_once(
         return None
     start = time.perf_counter()
     try:
-        whole = method.function(stacked(states), statistic, **arguments[0])
-    except (MethodError, torch.OutOfMemoryError):
+        whole = method.guarded(stacked(states), statistic, **arguments[0])
+    except (MethodError, PluginError, torch.OutOfMemoryError):
         return None
     seconds = (time.perf_counter() - start) / len(whole.source)
     return [(state, seconds * len(state.source)) for state in parted(whole, states)]

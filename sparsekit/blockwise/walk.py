@@ -24,15 +24,16 @@ from sparsekit.blockwise.stacking import at_once, in_pieces, placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import HOST, BlockState, StepStore
 from sparsekit.crossgram import Paired
-from sparsekit.errors import MethodError
+from sparsekit.errors import MethodError, PluginError
 from sparsekit.ladder import UNREACHED, Ladder
 from sparsekit.models.groups import Producer
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
+from sparsekit.pluginfile import named_failures
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
-from sparsekit.stats import Statistic
-from sparsekit.verify import Examined, LayerRecord, as_json, concluded, examined
+from sparsekit.stats import Statistic, added
+from sparsekit.verify import Examined, LayerRecord, as_json, concluded, examined, same_group
 
 
 @dataclass(slots=True)
@@ -164,7 +165,8 @@ class Walk:
 
     def _finite(self, group: Sequence[str], statistic: Statistic, again: Callable[[], Statistic]) -> Statistic:
         """A statistic as the ladder leaves it; what was done is noted on the group's layers later."""
-        with _naming(", ".join(group)):
+        told = f"statistic {self._kind.__name__}"
+        with _naming(", ".join(group)), named_failures(told, self._kind):
             statistic, notes = self.ladder.mend(statistic, again)
         self._mended |= dict.fromkeys(group, notes)
         return statistic
@@ -252,18 +254,18 @@ class Walk:
     def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
         arguments = self._arguments(given)
         if statistic is None:
-            return self.method.function(given, **arguments)
+            return self.method.guarded(given, **arguments)
         if statistic.tokens == 0:  # an expert the router never chose
             width = next(iter(given.linears.values())) if isinstance(given, Group) else given
-            statistic.update(torch.eye(width.source.shape[1], device=self.view.device))
+            added(statistic, torch.eye(width.source.shape[1], device=self.view.device))
             given = _noted(given, UNREACHED)
         if isinstance(given, Group):
             given = given.with_linears({n: self._mended_state(s) for n, s in given.linears.items()})
         else:
             given = self._mended_state(given)
-        call = partial(self.method.function, **arguments)
+        call = partial(self.method.guarded, **arguments)
         if self.holding.weights is not None and isinstance(given, LinearState) and self.method.by_rows(arguments):
-            call = partial(in_pieces, self.method.function, self.holding.weights, **arguments)
+            call = partial(in_pieces, self.method.guarded, self.holding.weights, **arguments)
         return self.ladder.apply(call, given, partial(_noted, given), statistic)
 
     def _mended_state(self, state: LinearState) -> LinearState:
@@ -283,7 +285,7 @@ class Walk:
             group = replace(group, tie=producer.tie, untie=producer.untie)
         start = time.perf_counter()
         with _naming(", ".join(chosen)):
-            result: Group = self._called(group, stat)
+            result = same_group(self._called(group, stat), given)
         seconds = time.perf_counter() - start
         linears = {
             name: self._put(self._proved(given[name], state, stat, result.input_scale, seconds))
@@ -322,6 +324,8 @@ def _naming(layer: str) -> Iterator[None]:
         if error.layer is None:
             raise type(error)(str(error), layer=layer) from error
         raise
+    except PluginError as error:
+        raise PluginError(f"{layer}: {error}") from error
 
 
 def _one_look() -> Statistic:

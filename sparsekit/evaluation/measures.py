@@ -21,7 +21,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 from torch import Tensor
 
 from sparsekit.errors import MethodError, PluginError, nearest
-from sparsekit.shelf import Origin, Shelf, named_failures
+from sparsekit.pluginfile import named_failures
+from sparsekit.shelf import Origin, Shelf
 from sparsekit.signature import parameters
 
 Forward = Callable[[Tensor], Tensor]
@@ -114,7 +115,7 @@ class Measure:
             PluginError: It failed.
         """
         arguments = {name: getattr(self.params, name) for name in type(self.params).model_fields}
-        with named_failures(f"evaluator {self.evaluator.name}"):
+        with named_failures(f"evaluator {self.evaluator.name}", self.evaluator.function):
             found = self.evaluator.function(forward, windows, **arguments)
         if not isinstance(found, Mapping) or not found:
             raise MethodError(f"evaluator {self.evaluator.name} returned {found!r}, expected named numbers")

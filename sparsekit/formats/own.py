@@ -21,8 +21,8 @@ from sparsekit.formats.base import Setting, grid_header
 from sparsekit.formats.reading import one_of, whole
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.interchange.sizes import ExportBytes
+from sparsekit.pluginfile import named_failures
 from sparsekit.quant import QuantizedWeight
-from sparsekit.shelf import named_failures
 from sparsekit.state import LinearState
 
 Pack = Callable[[QuantizedWeight, Tensor | None], dict[str, Tensor]]
@@ -65,12 +65,14 @@ class Own:
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """What the plugin says."""
         assert state.quantized is not None  # only asked about quantized linears
-        with named_failures(f"refuses of {self.title}"):
-            return self.refuses(state.quantized) if self.refuses else None
+        if self.refuses is None:
+            return None
+        with named_failures(f"refuses of {self.title}", self.refuses):
+            return self.refuses(state.quantized)
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the plugin makes, held against `parts`."""
-        with named_failures(f"pack of {self.title}"):
+        with named_failures(f"pack of {self.title}", self.packs):
             tensors = self.packs(weight, mask)
         if not isinstance(tensors, Mapping):
             raise PluginError(f"pack of {self.title} returned {_told(tensors)}, expected tensors by suffix")

@@ -26,13 +26,15 @@ import torch.nn.functional as F
 from sparsekit.blockwise.activations import free_memory
 from sparsekit.blockwise.stacking import STACK_BYTES, STACK_SHARE, STACKING
 from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.errors import PluginError
 from sparsekit.evaluation.evaluate import agreement, window_losses
 from sparsekit.models.shapes import BlockSizes, ModelSizes, Shape, entering, width_of
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import PlannedStep
 from sparsekit.state import Group, LinearState
-from sparsekit.verify import verified
+from sparsekit.stats import added, begun
+from sparsekit.verify import same_group, verified
 
 BUDGET = 5.0  # seconds for everything
 SAMPLE = 1024  # tokens of a made-up Gram matrix
@@ -172,9 +174,9 @@ class Bench:
 
     def statistic_seconds(self, kind: type[Any], inputs: int) -> float:
         """Seconds for a token added to a statistic."""
-        statistic, x = kind.empty(inputs, self.view.device), self.random(SAMPLE, inputs)
+        statistic, x = begun(kind, inputs, self.view.device), self.random(SAMPLE, inputs)
         with torch.inference_mode():
-            return self.timed(lambda: statistic.update(x)) / SAMPLE
+            return self.timed(lambda: added(statistic, x)) / SAMPLE
 
     def method_seconds(self, planned: PlannedStep, block: BlockSizes) -> dict[str, float]:
         """Seconds of a method on each linear of a block, or on each group by its first linear.
@@ -230,20 +232,24 @@ class Bench:
             arguments: list[Any] = [given]
             statistic = None
             if method.stats is not None:
-                statistic = method.stats.empty(into, self.view.device)
-                statistic.update(self.random(SAMPLE, into))
+                statistic = begun(method.stats, into, self.view.device)
+                added(statistic, self.random(SAMPLE, into))
                 arguments.append(statistic)
 
             def work() -> None:
-                result = method.function(*arguments, **planned.arguments)
-                found, scale = (result.linears, result.input_scale) if method.scope == "group" else ({}, None)
-                for name, after in (found or {names[0]: result}).items():
+                result = method.guarded(*arguments, **planned.arguments)
+                group = same_group(result, states) if method.scope == "group" else Group({names[0]: result})
+                scale = group.input_scale
+                for name, after in group.linears.items():
                     pattern = planned.patterns.get(name)
                     verified(
                         states[name], after, kind=method.kind, pattern=pattern, statistic=statistic, input_scale=scale
                     )
 
-            return self.timed(work)
+            try:
+                return self.timed(work)
+            except PluginError as error:
+                raise PluginError(f"{names[0]}, with made-up weights for the plan: {error}") from error
 
     def _made_up(self, planned: PlannedStep, name: str, shape: Shape) -> LinearState:
         """A linear as the step will find it: pruned, if a step before has done so."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sparsekit.errors import PluginError
-from sparsekit.shelf import Origin, Shelf, named_failures
+from sparsekit.pluginfile import named_failures
+from sparsekit.shelf import Origin, Shelf
 
 Rows = Iterable[Mapping[str, str | int | float | None]]
 F = TypeVar("F", bound=Callable[[Mapping[str, Any]], Rows])
@@ -45,7 +46,7 @@ class Section:
         Raises:
             PluginError: It failed, or what it returned is no table.
         """
-        with named_failures(f"report section {self.name}"):
+        with named_failures(f"report section {self.name}", self.function):
             rows = [dict(row) for row in self.function(report)]
         for row in rows:
             if row.keys() != rows[0].keys():

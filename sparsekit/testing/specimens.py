@@ -14,14 +14,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sparsekit.errors import PluginError
+from sparsekit.errors import ContractError, PluginError
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe.yamllines import Document
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
-from sparsekit.stats import Statistic
+from sparsekit.stats import Statistic, added, begun
 from sparsekit.training.loop import Trained, TrainJob
+from sparsekit.verify import told_type
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 16, 256  # two quantization groups of the usual 128
@@ -123,8 +124,8 @@ def specimen(
         layers[name] = LinearState(name, weight.to(device), mask=keep, dense=dense)
     statistic = None
     if method.stats is not None:
-        statistic = method.stats.empty(columns, device)
-        statistic.update(x.to(device))
+        statistic = begun(method.stats, columns, device)
+        added(statistic, x.to(device))
     state: LinearState | Group = next(iter(layers.values()))
     if method.scope == "group":
         state = Group(layers, tie=lambda free: free, untie=lambda sums: sums)
@@ -174,5 +175,7 @@ def training_job(device: torch.device = CPU) -> Iterator[TrainJob]:
 def trained(method: Method, arguments: Mapping[str, Any], job: TrainJob) -> Trained:
     """Run a method of scope model on a job."""
     torch.manual_seed(0)
-    result: Trained = method.function(job, **arguments)
+    result = method.guarded(job, **arguments)
+    if not isinstance(result, Trained):
+        raise ContractError(f"it returned {told_type(result)}, not Trained")
     return result

@@ -10,6 +10,7 @@ from sparsekit.allocate import Measured, checked
 from sparsekit.errors import ContractError, MethodError
 from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
+from sparsekit.stats import added, begun
 from sparsekit.testing.contract import Subject, as_the_driver
 from sparsekit.testing.specimens import CPU, specimen, trained, training_job
 
@@ -41,9 +42,8 @@ def _allotted(subject: Subject, target: float, device: torch.device) -> dict[str
         found = subject.method.function(_layers(subject, sizes, device), target, **subject.arguments)
     except Exception as error:  # a method may fail in any way; the promise is that it does not
         raise ContractError(f"it failed on {device.type}: {type(error).__name__}: {error}") from error
-    shares = {name: float(share) for name, share in found.items()}
     try:
-        return checked(subject.method.name, shares, sizes, target)
+        return checked(subject.method.name, found, sizes, target)
     except MethodError as error:
         raise ContractError(f"{error}; weight the mean by layer.state.source.numel()") from error
 
@@ -58,9 +58,9 @@ def _layers(subject: Subject, sizes: dict[str, int], device: torch.device) -> It
             weight[:, : 4 * (block + 1)] *= 10
             statistic = None
             if subject.method.stats is not None:
-                statistic = subject.method.stats.empty(weight.shape[1], device)
+                statistic = begun(subject.method.stats, weight.shape[1], device)
                 generator = torch.Generator().manual_seed(block)
-                statistic.update(torch.randn(64, weight.shape[1], generator=generator).to(device))
+                added(statistic, torch.randn(64, weight.shape[1], generator=generator).to(device))
             name = f"blocks.{block}.linear{number}"
             sizes[name] = weight.numel()
             yield Measured(LinearState(name, weight.to(device)), statistic, block, number)

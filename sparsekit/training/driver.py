@@ -11,14 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.errors import MethodError
 from sparsekit.files import write_text
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import Method
+from sparsekit.state import LinearState
 from sparsekit.training.loop import Trained, TrainJob
 from sparsekit.training.world import ALONE, World
-from sparsekit.verify import verified
+from sparsekit.verify import told_type, verified
 
 VALID_WINDOWS = 32  # held-out windows whose perplexity is logged while training
 
@@ -81,10 +83,22 @@ class Training:
             world=self.world,
             another_teacher=self.taught_by is not None,
         )
-        trained: Trained = self.method.function(job, **self.arguments)
+        trained = self._whole(self.method.guarded(job, **self.arguments), linears)
         if self.world.first:
             self._commit(blocks, trained)
         return {"training": trained.metrics, "curve": self._log}
+
+    def _whole(self, result: object, given: Mapping[str, LinearState]) -> Trained:
+        """What the method returned, if it is a state of every linear it was given.
+
+        Raises:
+            MethodError: It is not.
+        """
+        if not isinstance(result, Trained):
+            raise MethodError(f"{self.method.name} returned {told_type(result)}, expected a Trained")
+        if missing := given.keys() - result.linears.keys():
+            raise MethodError(f"{self.method.name} returned no state of it", layer=min(missing))
+        return result
 
     def _record(self, record: dict[str, Any]) -> None:
         """Append to the log; a resumed run overwrites what it repeats."""
