@@ -8,10 +8,11 @@ the compressed block's outputs, relative to what the block adds to its inputs.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.stacking import sent
 from sparsekit.blockwise.walk import Walk, resident
 from sparsekit.checkpoint import BlockState, StepStore
-from sparsekit.files import write_json, write_tensors
+from sparsekit.madeup import Shape, write_model
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS
@@ -34,18 +35,6 @@ from sparsekit.sweep.recursion import Recursion
 SCHEDULES = ("block", "group")
 PRUNED = 0.4  # share of zeros from which a layer counts as pruned; int4 rounds a tenth of the weights to 0
 WARM_UP = 1  # runs of our side before its times count; Triton compiles in the first
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Of the block and the calibration tokens."""
-
-    width: int
-    inner: int
-    heads: int
-    samples: int
-    length: int
-
 
 LLAMA_7B = Shape(4096, 11008, 32, 128, 2048)
 SMALL = Shape(256, 768, 4, 8, 128)
@@ -64,6 +53,10 @@ JOBS = {
     "sparsegpt 2:4": Job("sparsegpt", {"group_order": "natural"}, lambda layer: layer.pruned(2, 4)),
     "gptq int4 g128": Job("gptq", {"act_order": "none"}, lambda layer: layer.quantized(4)),
 }
+
+
+class Overrun(Exception):
+    """A side took longer than its limit; the message says how far it came."""
 
 
 class Side(Protocol):
@@ -87,32 +80,6 @@ class Restated:
     def solve(self) -> None:
         """Compress the linear in place."""
         self._linear.weight.copy_(self._job.recursion(self._recursion))
-
-
-def write_model(directory: Path, shape: Shape, dtype: torch.dtype) -> Path:
-    """A Llama of one block with random weights, as a model directory."""
-    generator = torch.Generator().manual_seed(0)
-    width, inner = shape.width, shape.inner
-    layer = "model.layers.0."
-    sizes = {f"{layer}self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
-    sizes |= {f"{layer}mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
-    sizes |= {f"{layer}mlp.down_proj.weight": (width, inner), "model.embed_tokens.weight": (256, width)}
-    tensors = {
-        name: (torch.randn(size, generator=generator) / size[1] ** 0.5).to(dtype) for name, size in sizes.items()
-    }
-    tensors["model.embed_tokens.weight"] *= width**0.5
-    for name in (f"{layer}input_layernorm", f"{layer}post_attention_layernorm", "model.norm"):
-        tensors[f"{name}.weight"] = torch.ones(width, dtype=dtype)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "model.safetensors", tensors)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": inner,
-        "num_hidden_layers": 1, "num_attention_heads": shape.heads, "num_key_value_heads": shape.heads,
-        "vocab_size": 256, "max_position_embeddings": shape.length, "tie_word_embeddings": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
-    write_json(directory / "config.json", config)
-    return directory
 
 
 class Bench:
@@ -184,23 +151,38 @@ class Bench:
             stream.advance(0)
         return after
 
-    def theirs(self, side: Callable[[nn.Linear], Side]) -> BlockState:
-        """Compress it with a class for each linear, sample by sample, as the papers' scripts do."""
-        stream = self._fresh()
+    def theirs(self, side: Callable[[nn.Linear], Side], limit: float) -> BlockState:
+        """Compress it with a class for each linear, sample by sample, as the papers' scripts do.
+
+        Raises:
+            Overrun: It has taken more than `limit` seconds, looked at between samples and between linears.
+        """
+        stream, start = self._fresh(), time.perf_counter()
+
+        def in_time(done: int, of: int, what: str) -> None:
+            if time.perf_counter() - start > limit and done < of:
+                raise Overrun(f"{done} of {of} {what}")
+
         with resident(self.view, 0, self.block):
             linears = self.view.linears(0)
             sides = {name: side(linear) for name, linear in linears.items()}
             hooks = [linear.register_forward_hook(_adder(sides[name])) for name, linear in linears.items()]
             micro_batch, stream.micro_batch = stream.micro_batch, 1
             stream.calls.setdefault(1, self.view.begin(self.tokens[:1].to(self.view.device))[1])
-            for sample in range(self.shape.samples):
-                self.view.run_block(0, *stream.enter(0, slice(sample, sample + 1)))
-            for hook in hooks:
-                hook.remove()
-            for each in sides.values():
-                each.solve()
-            stream.advance(0)
-            stream.micro_batch = micro_batch
+            try:
+                for sample in range(self.shape.samples):
+                    self.view.run_block(0, *stream.enter(0, slice(sample, sample + 1)))
+                    in_time(sample + 1, self.shape.samples, "windows")
+                for hook in hooks:
+                    hook.remove()
+                for number, each in enumerate(sides.values()):
+                    in_time(number, len(sides), "linears")
+                    each.solve()
+                stream.advance(0)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                stream.micro_batch = micro_batch
             found = {n: LinearState(n, linear.weight.detach().float()) for n, linear in linears.items()}
         return BlockState(found, self.block.params)
 
@@ -218,26 +200,33 @@ class Bench:
         return took, torch.cuda.max_memory_allocated(self.view.device) - resting if cuda else 0, block
 
     def compared(
-        self, job: Job, others: Mapping[str, Callable[[nn.Linear], Side]], repeats: int, theirs: int
-    ) -> list[dict[str, Any]]:
-        """One row for each other side and each schedule of ours; ratios and equal weights are to the first."""
-        sides = [(name, partial(self.theirs, side), 0, theirs) for name, side in others.items()]
-        for each in SCHEDULES:
-            sides.append((f"sparsekit {each}", partial(self.ours, job, each), WARM_UP, repeats))
-        rows: list[dict[str, Any]] = []
+        self, job: Job, others: Mapping[str, Callable[[nn.Linear], Side]], repeats: int, theirs: int, limit: float
+    ) -> Iterator[dict[str, Any]]:
+        """One row for each schedule of ours and each other side, in this order; equal weights are to the first."""
         first: BlockState | None = None
+        sides = [(f"sparsekit {each}", partial(self.ours, job, each), WARM_UP, repeats) for each in SCHEDULES]
+        sides += [(name, partial(self.theirs, side, limit), 0, theirs) for name, side in others.items()]
         for name, work, warm, times in sides:
-            for _ in range(warm):
-                work()
-            runs = [self.once(work)[:2] for _ in range(times - 1)]
-            *last, block = self.once(work)
+            start = time.perf_counter()
+            try:
+                for _ in range(warm):
+                    work()
+                runs = [self.once(work)[:2] for _ in range(times - 1)]
+                *last, block = self.once(work)
+            except Overrun as overrun:
+                yield {"side": name, "seconds": time.perf_counter() - start, "runs": 0, "stopped": str(overrun)}
+                continue
             seconds, peaks = zip(*runs, tuple(last), strict=True)
             first = block if first is None else first
-            median = statistics.median(seconds)
-            row = {"side": name, "seconds": median, "error": self.error(block), "equal": agreement(first, block)}
-            row |= {"least": min(seconds), "most": max(seconds), "runs": times, "peak": max(peaks)}
-            rows.append(row | ({"ratio": rows[0]["seconds"] / median} if rows else {}))
-        return rows
+            row = {"side": name, "seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+            row |= {"runs": times, "peak": max(peaks), "error": self.error(block)}
+            yield {**row, "equal": agreement(first, block)}
+
+
+def with_ratios(row: dict[str, Any], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row with how many times as long it took as each of the rows of ours before it."""
+    ours = {own["side"]: own["seconds"] for own in before[: len(SCHEDULES)]}
+    return row | {"ratios": {name: row["seconds"] / seconds for name, seconds in ours.items()}}
 
 
 def described(small: bool) -> dict[str, int]:
@@ -273,7 +262,10 @@ def run_bench(
     others: Mapping[str, Mapping[str, Callable[[nn.Linear], Side]]] | None = None,
     repeats: int = 3,
     theirs: int = 1,
+    recursion: bool = True,
+    limit: float = math.inf,
     told: Callable[[str, list[dict[str, Any]]], None] = lambda name, rows: None,
+    so_far: Callable[[dict[str, list[dict[str, Any]]]], None] = lambda found: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Both sides of some jobs on one block of random weights.
 
@@ -281,10 +273,13 @@ def run_bench(
         shape: Of the block and the tokens.
         device: Where.
         jobs: Names out of `JOBS`.
-        others: Further sides by job and name, run before the restated recursion.
+        others: Further sides by job and name, run after ours.
         repeats: Timed runs of our side.
         theirs: Runs of the others, which take seconds.
+        recursion: Run the restated recursion too, last.
+        limit: Seconds that a run of another side may take; its row then tells how far it came.
         told: Called with each job's rows.
+        so_far: Called with everything there is whenever there is one more row.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
@@ -292,7 +287,11 @@ def run_bench(
         for name in jobs:
             job = JOBS[name]
             sides: dict[str, Callable[[nn.Linear], Side]] = dict((others or {}).get(name, {}))
-            sides["the recursion"] = partial(Restated, job=job)
-            found[name] = bench.compared(job, sides, repeats, theirs)
-            told(name, found[name])
+            if recursion:
+                sides["the recursion"] = partial(Restated, job=job)
+            rows = found[name] = []
+            for row in bench.compared(job, sides, repeats, theirs, limit):
+                rows.append(with_ratios(row, rows))
+                so_far(found)
+            told(name, rows)
     return found

@@ -8,14 +8,17 @@ check  the gpu tests of the kernels
 solve  factor and sweep of every distinct input of a Llama-2-7B-shaped block, given its Gram matrices
 gram   accumulating a Gram matrix of 11008 inputs, time and error against float64
 mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
-block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, beside the recursion and, with
-       --sparsegpt DIR and --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes
+block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, and after them, with --sparsegpt DIR and
+       --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes, and with --recursion
+       the recursion. A run of theirs stops at --limit seconds and tells how far it came.
+llmcompressor  the same block by llm-compressor 0.14, which must be installed: see oneshot_llmcompressor.py
 awq    the scale search of every group of that block, beside that of llm-awq, restated
 base   where the time of a step on --model goes
 7b     a whole model of Llama-2-7B's shape from disk to packed integers on disk, in --work; --blocks, --samples and
        --length make it smaller, --shape takes another of load.py. Disk: 13 GB, 17 GB, 4 GB.
 
-Parts block, awq and 7b also run on a CPU, as `--parts block,awq,7b --small`.
+Parts block, llmcompressor, awq and 7b also run on a CPU, as `--parts block,awq,7b --small`. The file is written
+after every part, and after every row of block and llmcompressor.
 
 Both sides run in one process on the same random weights and inputs, after a warm-up; figures are
 medians of CUDA-event times, with the spread.
@@ -24,15 +27,12 @@ medians of CUDA-event times, with the spread.
 from __future__ import annotations
 
 import argparse
-import cProfile
-import io
 import json
-import pstats
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from device_time import profiled, timed
 from oneshot_awq import awq
+from oneshot_base import base
 from oneshot_block import block
+from oneshot_llmcompressor import JOBS, llmcompressor
 from oneshot_model import model
 from torch import Tensor
 
 from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.kernels.masks import nm_mask
-from sparsekit.listener import Silent
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Rounding
-from sparsekit.recipe import read_recipe
-from sparsekit.run import run_recipe
 from sparsekit.stats import Gram
 from sparsekit.sweep.obs import BLOCK, sweep
 from sparsekit.sweep.recursion import Recursion
@@ -213,39 +212,6 @@ def mask() -> dict[str, Any]:
     return row
 
 
-def base(model: Path, text: Path) -> dict[str, Any]:
-    """A step on a real model: seconds, and which kernels and host functions take them."""
-    found: dict[str, Any] = {}
-    for label, steps in {
-        "sparsegpt": '[{method: sparsegpt, pattern: "2:4"}]',
-        "gptq": "[{method: gptq, bits: 4, group_size: 128}]",
-    }.items():
-        for attempt in ("first", "second"):
-            with tempfile.TemporaryDirectory() as directory:
-                recipe = Path(directory) / "recipe.yaml"
-                recipe.write_text(
-                    f"name: {label}\nseed: 0\nmodel:\n  path: {model.resolve()}\ndata:\n"
-                    f"  calibration: {{path: {text.resolve()}, samples: 128, seq_len: 1024}}\n"
-                    f"steps: {steps}\noutput: {directory}/run\n"
-                )
-                profile = cProfile.Profile()
-                start = time.perf_counter()
-                profile.enable()
-                run_recipe(read_recipe(recipe), Silent())
-                profile.disable()
-                seconds = time.perf_counter() - start
-                report = json.loads((Path(directory) / "run" / "report.json").read_text())
-            step = report["steps"][0]["seconds"]
-            found[f"{label} {attempt}"] = {"step_seconds": step, "run_seconds": seconds}
-            print(label, attempt, f"step {step:.3f} s, run {seconds:.3f} s", flush=True)
-        out = io.StringIO()
-        pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(22)
-        lines = [line for line in out.getvalue().splitlines() if line.strip()][4:]
-        found[label] = lines
-        print("\n".join(line[:150] for line in lines))
-    return found
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,7 +222,11 @@ def main() -> None:
     parser.add_argument("--sparsegpt", type=Path, help="a copy of IST-DASLab/sparsegpt")
     parser.add_argument("--autogptq", type=Path, help="a copy of AutoGPTQ")
     parser.add_argument("--small", action="store_true", help="a small block in part block, a small model in 7b")
-    parser.add_argument("--theirs", type=int, default=1, help="runs of the other sides of part block, 10 s each")
+    parser.add_argument("--theirs", type=int, default=1, help="runs of the other sides of a block, 10 s each")
+    parser.add_argument("--recursion", action="store_true", help="the recursion too in part block, 2 x 12 s")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds of such a run at most in part block")
+    parser.add_argument("--jobs", default=",".join(JOBS), help="of part llmcompressor")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows of part llmcompressor")
     parser.add_argument("--work", type=Path, default=Path("/tmp/oneshot-7b"), help="where part 7b writes")
     parser.add_argument("--shape", default="7b", help="of the model of part 7b")
     parser.add_argument("--blocks", type=int, help="of the model of part 7b; all of the shape when absent")
@@ -265,12 +235,29 @@ def main() -> None:
     parser.add_argument("--memory", choices=tuple(HOLDINGS), default="auto", help="mode of part 7b")
     parser.add_argument("--schedule", choices=("group", "block"), default="group")
     given = parser.parse_args()
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found: dict[str, Any] = {"environment": {"torch": torch.__version__, "device": card}}
+
+    def told(part: str, result: dict[str, Any]) -> None:
+        given.out.write_text(json.dumps(found | {part: result}, indent=1) + "\n")
+
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "check": check,
         "solve": solve,
         "gram": gram,
         "mask": mask,
-        "block": lambda: block(given.sparsegpt, given.autogptq, given.small, given.theirs),
+        "block": lambda: block(
+            given.sparsegpt,
+            given.autogptq,
+            given.small,
+            given.theirs,
+            given.recursion,
+            given.limit,
+            partial(told, "block"),
+        ),
+        "llmcompressor": lambda: llmcompressor(
+            given.small, given.windows, given.theirs, given.jobs.split(","), partial(told, "llmcompressor")
+        ),
         "awq": lambda: awq(tokens, given.small),
         "base": lambda: base(given.model, given.text),
         "7b": lambda: (
@@ -279,16 +266,13 @@ def main() -> None:
             else model(given.work, given.shape, given.blocks, given.samples, given.length, given.schedule, given.memory)
         ),
     }
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    environment = {"torch": torch.__version__, "device": card}
-    found: dict[str, Any] = {"environment": environment}
     for name in given.parts.split(","):
         start = time.perf_counter()
         print(f"== {name}", flush=True)
         with torch.inference_mode():
             found[name] = parts[name]()
         print(f"== {name}: {time.perf_counter() - start:.1f} s", flush=True)
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
+        told(name, found[name])
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from device_time import profiled
@@ -36,7 +38,7 @@ class SparseGptClass:
 
     def solve(self) -> None:
         """Prune in place."""
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each layer
+        with contextlib.redirect_stdout(io.StringIO()), on_any_device():  # it prints a line for each layer
             self._solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
         self._solver.free()
 
@@ -54,8 +56,19 @@ class AutoGptqClass:
 
     def solve(self) -> None:
         """Quantize in place."""
-        self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
+        with on_any_device():
+            self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
         self._solver.free()
+
+
+@contextlib.contextmanager
+def on_any_device() -> Iterator[None]:
+    """Let classes that wait for CUDA, whatever the device, run on a CPU too."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with mock.patch.object(torch.cuda, "synchronize", return_value=None):
+        yield
 
 
 def package(name: str, directory: Path) -> None:
@@ -65,8 +78,16 @@ def package(name: str, directory: Path) -> None:
     sys.modules[name] = module
 
 
-def block(sparsegpt: Path | None, autogptq: Path | None, small: bool, theirs: int) -> dict[str, Any]:
-    """The whole block; the authors' classes beside ours if they are there."""
+def block(
+    sparsegpt: Path | None,
+    autogptq: Path | None,
+    small: bool,
+    theirs: int,
+    recursion: bool,
+    limit: float,
+    told: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The whole block; the authors' classes after ours if they are there, and the recursion last if asked for."""
     others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
     if sparsegpt is not None:
         package("authors_sparsegpt", sparsegpt)
@@ -80,10 +101,24 @@ def block(sparsegpt: Path | None, autogptq: Path | None, small: bool, theirs: in
         others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
     console = Console(width=120)
     shape = bench.SMALL if small else bench.LLAMA_7B
-    found = bench.run_bench(
-        shape, others=others, theirs=theirs, told=lambda name, rows: console.print(bench_table(name, rows))
+    result: dict[str, Any] = {"shape": asdict(shape)}
+
+    def so_far(found: dict[str, list[dict[str, Any]]]) -> None:
+        job, rows = list(found.items())[-1]
+        print(f"{job:15}", json.dumps({key: value for key, value in rows[-1].items() if key != "peak"}), flush=True)
+        told(result | {"jobs": found})
+
+    result["jobs"] = bench.run_bench(
+        shape,
+        others=others,
+        theirs=theirs,
+        recursion=recursion,
+        limit=limit,
+        told=lambda name, rows: console.print(bench_table(name, rows)),
+        so_far=so_far,
     )
-    return {"shape": asdict(shape), "jobs": found, "kernels": phases(shape) if torch.cuda.is_available() else {}}
+    told(result)
+    return result | {"kernels": phases(shape) if torch.cuda.is_available() else {}}
 
 
 def phases(shape: bench.Shape) -> dict[str, list[str]]:

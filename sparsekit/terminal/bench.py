@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 
-def bench_table(job: str, rows: list[Mapping[str, Any]]) -> Table:
-    """One row for each side; equal weights and ratios are to the first."""
-    table = Table(title=job, title_justify="left", box=None, pad_edge=False)
-    table.add_column("side")
-    for name in ("seconds", "from - to", "ratio", "output error", "equal", "memory"):
+def bench_table(job: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each side; equal weights are to the first, ratios are times as long as each schedule of ours."""
+    table = Table(title=job, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("side", no_wrap=True)
+    ours = list(rows[-1]["ratios"]) if rows else []
+    to = [f"to {name.rpartition(' ')[2]}" for name in ours]
+    memory = any(row.get("peak") for row in rows)  # told on CUDA only
+    for name in ("seconds", "from - to", *to, "error", "equal", *["memory"] * memory):
         table.add_column(name, justify="right")
     for row in rows:
+        stopped = "stopped" in row
+        ratios = [f"{'> ' * stopped}{row['ratios'][name]:.1f}x" if name in row["ratios"] else "" for name in ours]
+        if stopped:
+            table.add_row(row["side"], f"> {row['seconds']:.3f}", row["stopped"], *ratios)
+            continue
         spread = f"{row['least']:.3f} - {row['most']:.3f}" if row["runs"] > 1 else "once"
-        memory = f"{row['peak'] / 1e9:.2f} GB" if row["peak"] else ""
-        ratio = f"{row['ratio']:.1f}x" if "ratio" in row else ""
-        cells = (f"{row['seconds']:.3f}", spread, ratio, f"{row['error']:.3e}", f"{100 * row['equal']:.3f} %", memory)
-        table.add_row(row["side"], *cells)
+        cells = (f"{row['error']:.2e}", f"{100 * row['equal']:.3f} %", f"{row['peak'] / 1e9:.2f} GB")
+        table.add_row(row["side"], f"{row['seconds']:.3f}", spread, *ratios, *cells[: 2 + memory])
     return table
