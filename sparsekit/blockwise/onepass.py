@@ -16,6 +16,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What a forward here may use. Not cuDNN's: it plans its kernel anew in every thread, 60 ms each on an H100."""
 
 
 class CalledAgain(BaseException):
@@ -144,7 +148,8 @@ def one_pass(
     relay = _Relay(forwards, feed)
     handles = [module.register_forward_pre_hook(relay.door(group)) for group, module in enumerate(doors)]
     try:
-        relay.run(settle, len(doors))
+        with sdpa_kernel(ATTENTION):
+            relay.run(settle, len(doors))
     finally:
         for handle in handles:
             handle.remove()
