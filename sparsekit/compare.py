@@ -16,7 +16,6 @@ import yaml
 from sparsekit.deployed import add_card
 from sparsekit.errors import GateError, RecipeError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
-from sparsekit.evaluation.deploy import DenseFigures
 from sparsekit.files import RunLock, read_json, remove_temporaries
 from sparsekit.listener import Listener
 from sparsekit.models.locate import locate
@@ -74,7 +73,6 @@ class Comparison:
         """
         reports: dict[str, Any] = {}
         missed: list[str] = []
-        dense = DenseFigures()
         with RunLock(self.directory):
             remove_temporaries(self.directory)
             for index, (name, run) in enumerate(self.runs.items()):
@@ -85,7 +83,7 @@ class Comparison:
                     missed.append(f"{name}: {error}")
                     reports[name] = read_json(run.directory / "report.json")
                 if self.deploy:
-                    reports[name] = add_card(run.directory, self.listener, view=run.view, known=dense)
+                    reports[name] = add_card(run.directory, self.listener, view=run.view)
             comparison = comparison_of(self.arms.name, reports, self.arms.notes)
             files = write_comparison(comparison, self.directory)
         self.listener.compared(comparison, files)

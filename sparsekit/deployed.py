@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekit.checkpoint import StepStore
 from sparsekit.errors import CheckpointError
-from sparsekit.evaluation.deploy import DenseFigures, deploy_card
+from sparsekit.evaluation.deploy import deploy_card
 from sparsekit.evaluation.scoring import Watcher
 from sparsekit.files import RunLock, read_json
 from sparsekit.models.chain import Chain
@@ -17,16 +17,13 @@ from sparsekit.recipe import read_recipe
 from sparsekit.reporting.report import write_report
 
 
-def add_card(
-    directory: Path, watcher: Watcher, *, view: ModelView | None = None, known: DenseFigures | None = None
-) -> dict[str, Any]:
+def add_card(directory: Path, watcher: Watcher, *, view: ModelView | None = None) -> dict[str, Any]:
     """Measure a finished run's model beside the dense one and write its report anew.
 
     Args:
         directory: Of the run.
         watcher: Told how far it is.
         view: The run's model, where it is open; its blocks are empty.
-        known: Figures of the dense model, which the arms of a comparison share.
     Returns:
         The report with `deploy`.
     Raises:
@@ -44,7 +41,7 @@ def add_card(
             raise CheckpointError(f"{place} is missing or damaged; run the recipe again")
         final = final.then(store)
     watcher.started(f"{report['name']}: deploy card")
-    report["deploy"] = deploy_card(dense, final, report["exports"], watcher.progress, known)
+    report["deploy"] = deploy_card(dense, final, report["exports"], watcher.progress)
     with RunLock(directory):
         write_report(report, directory)
     return report

@@ -3,7 +3,9 @@
 Bytes are those of the files, memory and speed are measured on this device with the model's own forward,
 no serving engine: prompts of some tokens at batch 1, 16 and 256, and nothing else. On CUDA the 2:4 linears
 are tried as torch's semi-structured tensors too, and integers from their packed form, where one token after
-another is measured as well. Where nothing got faster, the card says so.
+another is measured as well. The dense model reads its prompts before and after the others and its faster
+time counts: how far the two lie apart is what a ratio here can be off by. Where nothing got faster than
+that, the card says so.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,38 +41,18 @@ Record = Mapping[str, Any]
 _Held = Callable[[Chain], AbstractContextManager[str | None]]  # yields another name for the form, or "" or None
 
 
-@dataclass(slots=True)
-class DenseFigures:
-    """What the dense model takes and how fast it is here: measured once for all that is held against it.
-
-    Attributes:
-        memory: Bytes of its weights; 0 before it was measured.
-        speeds: Tokens a second by work and batch.
-        notes: What went out of the ordinary.
-    """
-
-    memory: int = 0
-    speeds: dict[tuple[str, int], float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def deploy_card(
-    dense: Chain,
-    final: Chain,
-    exports: Sequence[Record],
-    progress: Callable[[int, int], None],
-    known: DenseFigures | None = None,
+    dense: Chain, final: Chain, exports: Sequence[Record], progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Measure the dense and the compressed model, one after the other on the same prompts.
+    """Measure the dense model, the compressed one, and the dense one again, on the same prompts.
 
     Args:
         dense: The original.
         final: The model as the run leaves it.
         exports: As the report has them, for the bytes.
         progress: Called with (figures done, figures in all).
-        known: Figures of the dense model on this device, used if they are there and filled in if not.
     Returns:
-        `bytes`, `memory`, `speed` (one row for each form and batch) and `notes`, plain sentences.
+        `bytes`, `memory`, `speed` (one row for each form and batch), `noise` and `notes`, plain sentences.
     """
     view, kind = final.view, final.view.device.type
     notes = [f"Speed: whole forwards of {LENGTH[kind]} tokens a prompt on {_device(view.device)}, no serving engine."]
@@ -82,14 +63,9 @@ def deploy_card(
     else:
         notes.append("torch's semi-structured tensors need CUDA, so they were not tried.")
         notes.append("sparsekit's kernel for packed integers needs CUDA, so it was not tried.")
-    own = known or DenseFigures()
-    if own.memory:
-        notes.append("The dense model was measured once for all arms.")
-    found = _Figures(own, (len(forms) + (not own.memory)) * len(BATCHES[kind]), progress)
-    original: list[tuple[str, _Held]] = [] if own.memory else [(DENSE, _as_it_is)]
-    for chain, tried in ((dense, original), (final, forms)):
-        if not tried:
-            continue
+    original: list[tuple[str, _Held]] = [(DENSE, _as_it_is)]
+    found = _Figures((2 + len(forms)) * len(BATCHES[kind]), progress)
+    for chain, tried in ((dense, original), (final, forms), (dense, original)):
         with chain.forward() as forward:
             if any(parameter.is_meta for parameter in view.module.parameters()):
                 notes.append("The model does not fit the device, so its blocks were streamed; no speed is given.")
@@ -100,54 +76,62 @@ def deploy_card(
                         notes.append(NOTHING[name])
                     else:
                         found.measure(told or name, chain, forward, name)
-    notes += [*own.notes, *found.notes]
+    rows, noise = found.rows(), found.noise()
     files = {export["format"]: export["bytes"]["files"] for export in exports}
-    told_notes = [*notes, *verdicts(found.rows, found.memory, exports)]
-    return {"bytes": files, "memory": found.memory, "speed": found.rows, "notes": told_notes}
+    if noise > FASTER - 1:
+        notes.append(f"The dense model's own times lie up to {noise:.0%} apart, so smaller differences mean nothing.")
+    told_notes = [*notes, *found.notes, *verdicts(rows, found.memory, exports, noise)]
+    return {"bytes": files, "memory": found.memory, "speed": rows, "noise": noise, "notes": told_notes}
 
 
 class _Figures:
-    """What is measured, form by form; the dense one comes first and is what the others are held against."""
+    """What is measured: tokens a second by form, work and batch; what was measured twice has two."""
 
-    def __init__(self, dense: DenseFigures, total: int, progress: Callable[[int, int], None]) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
         self.notes: list[str] = []
-        self.memory: dict[str, int] = {DENSE: dense.memory} if dense.memory else {}
-        self._dense = dense
+        self.memory: dict[str, int] = {}
+        self._speeds: dict[tuple[str, str, int], list[float]] = {}
         self._done, self._total, self._progress = 0, total, progress
 
     def measure(self, form: str, chain: Chain, forward: Callable[[Tensor], Tensor], name: str) -> None:
-        """Measure one form at every batch; `name` is what it is a form of."""
-        view = chain.view
+        """Measure one form at every batch; `name` is what it is a form of. A second time it only reads prompts."""
+        view, again = chain.view, form in self.memory
         kind = view.device.type
-        size = bytes_of(view.module) if name == "packed" else _resident(view.module)
-        self.memory[form] = size
+        self.memory[form] = bytes_of(view.module) if name == "packed" else _resident(view.module)
         for batch in BATCHES[kind]:
             self._add(form, PROMPTS, batch, _tokens_per_second(forward, batch, view))
-            if kind == "cuda" and name in (DENSE, "packed"):
+            if kind == "cuda" and name in (DENSE, "packed") and not again:
                 speed, eager = tokens_per_second(chain, batch, LENGTH[kind])
                 self._add(form, DECODING, batch, speed)
                 if eager and batch == 1:
-                    said = self._dense.notes if form == DENSE else self.notes
-                    said.append(f"{form}: decoded operation by operation, {eager}.")
+                    self.notes.append(f"{form}: decoded operation by operation, {eager}.")
             self._done += 1
             self._progress(self._done, self._total)
-        if form == DENSE:
-            self._dense.memory = size  # the last thing: figures with a memory are whole
 
     def _add(self, form: str, work: str, batch: int, speed: float) -> None:
-        if form == DENSE:
-            self._dense.speeds[work, batch] = speed
-        else:
-            self.rows.append(figure(form, batch, self._dense.speeds[work, batch], speed, work))
+        self._speeds.setdefault((form, work, batch), []).append(speed)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every form beside the dense model."""
+        return [
+            figure(form, batch, max(self._speeds[DENSE, work, batch]), max(speeds), work)
+            for (form, work, batch), speeds in self._speeds.items()
+            if form != DENSE
+        ]
+
+    def noise(self) -> float:
+        """How far figures of the same thing lie apart at most, as a share."""
+        return max((max(speeds) / min(speeds) - 1 for speeds in self._speeds.values()), default=0.0)
 
 
-def verdicts(rows: Sequence[Record], memory: Mapping[str, int], exports: Sequence[Record]) -> Iterator[str]:
-    """What was gained and what was not, in plain sentences."""
+def verdicts(
+    rows: Sequence[Record], memory: Mapping[str, int], exports: Sequence[Record], noise: float = 0.0
+) -> Iterator[str]:
+    """What was gained and what was not, in plain sentences; a ratio within the noise is no gain."""
     for name, work in dict.fromkeys((row["form"], row.get("work", PROMPTS)) for row in rows):
         own = [row for row in rows if (row["form"], row.get("work", PROMPTS)) == (name, work)]
         label = name if work == PROMPTS else f"{name}, {work}"
-        faster = [row for row in own if row["ratio"] >= FASTER]
+        faster = [row for row in own if row["ratio"] >= max(FASTER, 1 + noise)]
         if not faster:
             best = max(row["ratio"] for row in own)
             yield f"{label}: no speed-up here, {best:.2f} times the dense model's at best."
