@@ -203,28 +203,25 @@ def schema(plugins: tuple[Path, ...]) -> None:
 @main.command()
 @click.argument("name")
 @_plugin
-@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A parameter of the method.")
+@click.option("--set", "values", multiple=True, metavar="KEY=VALUE", help="A parameter of the method or evaluator.")
 @named_errors
 def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None:
-    """Try the promises of methods on method NAME, and those of export formats on format NAME."""
+    """Try what every method, export format, evaluator or report section promises, on the one called NAME."""
     from rich.console import Console
 
     from sparsekit.errors import ContractError
-    from sparsekit.formats import FORMATS
-    from sparsekit.registry import METHODS
     from sparsekit.terminal.console import outcomes_table
-    from sparsekit.testing import format_outcomes, outcomes
+    from sparsekit.testing import outcomes
     from sparsekit.testing.specimens import assigned
 
     _load_plugins(plugins)
-    integers = name in FORMATS and FORMATS[name].storage is not None
-    found = format_outcomes(name) if integers else []
-    if name in METHODS.names() or not integers:
-        found = [*outcomes(name, arguments=assigned(values)), *found]
-    Console().print(outcomes_table(found), highlight=False)
-    failed = sum(outcome.status == "failed" for outcome in found)
+    found = outcomes(name, arguments=assigned(values))
+    for noun, tried in found.items():
+        Console().print(outcomes_table(f"{noun} {name}", tried), highlight=False)
+    every = [outcome for tried in found.values() for outcome in tried]
+    failed = sum(outcome.status == "failed" for outcome in every)
     if failed:
-        raise ContractError(f"{name!r} breaks {failed} of {len(found)} promises")
+        raise ContractError(f"{name!r} breaks {failed} of {len(every)} promises")
 
 
 @main.command()
@@ -306,13 +303,19 @@ def generate(
 
 @main.command("new-method")
 @click.argument("name")
-@click.option("--kind", type=click.Choice(["prune", "quantize"]), default="prune", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["prune", "quantize", "allocate", "format", "evaluator", "section"]),
+    default="prune",
+    show_default=True,
+    help="What it brings: a pruner, a quantizer, sparsities, an export format, a measurement, a section of the report.",
+)
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here.")
 @named_errors
-def new_method(name: str, kind: Any, directory: Path) -> None:
+def new_method(name: str, kind: str, directory: Path) -> None:
     """Write a working plugin NAME.py and its test."""
     from sparsekit.testing import scaffold
 
     plugin, test = scaffold.new_method(name, kind, directory)
-    click.echo(f"{plugin}  the method\n{test}  its test")
+    click.echo(f"{plugin}  the plugin\n{test}  its test")
     click.echo(f"\nsparsekit check {name} --plugin {plugin}\npython -m pytest {test}")

@@ -33,5 +33,23 @@ class Listener(Protocol):
         """The run is complete."""
 
 
-class Silent(Listener):
-    """Told everything, says nothing: for benchmarks, tests, and runs from Python."""
+class Silent:
+    """A `Listener` that is told everything and says nothing: for benchmarks, tests, and runs from Python."""
+
+    def planned(self, recipe: Recipe, plan: Plan, view: ModelView) -> None:
+        """Nothing."""
+
+    def started(self, title: str) -> None:
+        """Nothing."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Nothing."""
+
+    def noted(self, text: str) -> None:
+        """Nothing."""
+
+    def finished(self, summary: Mapping[str, Any], *, cached: bool) -> None:
+        """Nothing."""
+
+    def closed(self, report: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Nothing."""

@@ -288,6 +288,8 @@ def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, 
         names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
         names = "(layers, sparsity, /, ...)" if scope == "layers" else names
         raise PluginError(f"method {name!r} must take {names}: {expected} positional-only, it has {len(given)}")
+    if stats is not None and (lacking := [need for need in ("empty", "update", "merge") if not hasattr(stats, need)]):
+        raise PluginError(f"method {name!r}: its statistic has no {', '.join(lacking)}; docs/write-a-plugin.md shows one")
     return Method(
         name=name,
         kind=kind,

@@ -31,7 +31,7 @@ from sparsekit.planning.plan import Plan, PlannedStep, reads
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.recipe.entries import Redo
 from sparsekit.redo import redone, rounds, told, worst_layers
-from sparsekit.reporting.report import write_report
+from sparsekit.reporting.report import finite, write_report
 from sparsekit.reporting.sections import sections
 from sparsekit.shortage import named
 from sparsekit.stepwork import StepWork
@@ -249,7 +249,7 @@ class Run:
             "exports": exports,
         }
         report["gates"] = self._gates(dense, final)
-        report["sections"] = sections(report, self.recipe.report.sections)
+        report["sections"] = sections(finite(report), self.recipe.report.sections)
         files |= write_report(report, self.directory)
         self.listener.closed(report, files)
         return report

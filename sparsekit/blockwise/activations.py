@@ -128,7 +128,9 @@ class Activations:
         def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             (x,) = arguments
             rows = x.detach().reshape(-1, x.shape[-1])
-            added(statistic, rows[torch.isfinite(rows).all(-1)] if finite else rows)
+            rows = rows[torch.isfinite(rows).all(-1)] if finite else rows
+            if len(rows):  # a statistic need not know what the largest of no tokens is
+                added(statistic, rows)
 
         return feed
 

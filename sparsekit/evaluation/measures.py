@@ -118,10 +118,14 @@ class Measure:
         with named_failures(f"evaluator {self.evaluator.name}", self.evaluator.function):
             found = self.evaluator.function(forward, windows, **arguments)
         if not isinstance(found, Mapping) or not found:
-            raise MethodError(f"evaluator {self.evaluator.name} returned {found!r}, expected named numbers")
+            hint = 'as in return {"probability": 0.5}'
+            raise MethodError(f"evaluator {self.evaluator.name} returned {found!r}, expected named numbers, {hint}")
         for key, value in found.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise MethodError(f"evaluator {self.evaluator.name}: {key} is {value!r}, expected a finite number")
+                hint = "; float(...) makes one of a tensor" if isinstance(value, Tensor) else ""
+                raise MethodError(
+                    f"evaluator {self.evaluator.name}: {key} is {value!r}, expected a finite number{hint}"
+                )
         return {str(key): float(value) for key, value in found.items()}
 
     @classmethod

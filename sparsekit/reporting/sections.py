@@ -48,16 +48,30 @@ class Section:
         """
         with named_failures(f"report section {self.name}", self.function):
             rows = [dict(row) for row in self.function(report)]
+        try:
+            rows = [{_column(key): _cell(key, value) for key, value in row.items()} for row in rows]
+        except ValueError as error:
+            raise PluginError(f"report section {self.name}: {error}") from error
         for row in rows:
-            if row.keys() != rows[0].keys():
+            if not row or row.keys() != rows[0].keys():
                 raise PluginError(f"report section {self.name}: columns {list(row)} and {list(rows[0])} in one table")
-            for key, value in row.items():
-                if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
-                    raise PluginError(f"report section {self.name}: {key} is {value!r}, expected text or a number")
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise PluginError(f"report section {self.name}: {key} is {value}, expected a finite number")
         about = (self.doc or "").partition("\n")[0]
         return {"caption": self.name.replace("_", " ").capitalize(), "about": about, "rows": rows}
+
+
+def _column(key: object) -> str:
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"a column is called {key!r}, expected text")
+    return key
+
+
+def _cell(key: object, value: object) -> str | int | float | None:
+    """A value as it is stored; a string that says it is markup is text like any other."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"{key} is {value!r}, expected text or a number; str(...), int(...) or float(...) makes one")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}, expected a finite number; None stands for one that is missing")
+    return "".join(value) if isinstance(value, str) else value
 
 
 SECTIONS: Shelf[Section] = Shelf("report section")

@@ -206,10 +206,10 @@ def method_page(method: Method) -> Group:
     return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
 
 
-def outcomes_table(outcomes: Iterable[Outcome]) -> Table:
-    """What the contract suite found, a property in a line."""
+def outcomes_table(title: str, outcomes: Iterable[Outcome]) -> Table:
+    """What a suite found, a promise in a line."""
     marks = {"ok": "[green]ok[/green]", "failed": "[red]failed[/red]"}
-    table = Table(box=None, padding=(0, 2), show_header=False)
+    table = Table(box=None, padding=(0, 2), show_header=False, title=title, title_justify="left", title_style="bold")
     apart: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.status == "does not apply":

@@ -29,6 +29,7 @@ from sparsekit.testing.specimens import (
     specimen,
     tensors_of,
 )
+from sparsekit.testing.statistics import check_statistic
 from sparsekit.verify import verified
 
 AGREEMENT = 0.01  # share of entries on which CPU and CUDA may choose differently: near ties
@@ -230,6 +231,18 @@ def devices(subject: Subject) -> None:
         far = ((state.weight - other.cpu()).abs() > 1e-3 * scale).float().mean()
         if far > AGREEMENT:
             raise ContractError(f"CPU and CUDA differ in {float(far):.1%} of the weights")
+
+
+def statistic(subject: Subject) -> None:
+    """The statistic it reads counts tokens, adds up, merges, and leaves its input alone."""
+    assert subject.method.stats is not None  # `applies`
+    check_statistic(subject.method.stats)
+
+
+def documented(subject: Subject) -> None:
+    """The first line of its docstring says what it does."""
+    if not subject.method.summary:
+        raise ContractError("it has no docstring; its first line stands in the list of sparsekit methods")
 
 
 def _inputs(given: Given) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from sparsekit.errors import ContractError, PluginError
+from sparsekit.errors import ContractError, PluginError, nearest
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe.yamllines import Document
@@ -73,14 +73,24 @@ def arguments_of(method: Method, chosen: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PluginError: A value is not understood or a required parameter is missing.
     """
+    read = parameters_of("method", method.name, method.parameters, chosen)
+    return {name: getattr(read, name) for name in method.parameters.model_fields}
+
+
+def parameters_of(noun: str, name: str, schema: type[BaseModel], chosen: Mapping[str, Any]) -> BaseModel:
+    """Parameters as a recipe would give them, defaults for the others.
+
+    Raises:
+        PluginError: A value is not understood or a required parameter is missing.
+    """
     try:
-        read = method.parameters.model_validate_json(json.dumps(dict(chosen)))
+        return schema.model_validate_json(json.dumps(dict(chosen)))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         hint = f"; give it a value: --set {key}=VALUE" if first["type"] == "missing" else ""
-        raise PluginError(f"method {method.name!r}, parameter {key!r}: {first['msg']}{hint}") from error
-    return {name: getattr(read, name) for name in method.parameters.model_fields}
+        hint = nearest(key, schema.model_fields) if first["type"] == "extra_forbidden" else hint
+        raise PluginError(f"{noun} {name!r}, parameter {key!r}: {first['msg']}{hint}") from error
 
 
 def refines(method: Method) -> bool:

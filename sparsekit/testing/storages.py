@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparsekit.errors import CheckpointError, ContractError
-from sparsekit.formats.base import Setting, Storage, permuted
+from sparsekit.checkpoint import BlockState
+from sparsekit.errors import CheckpointError, ContractError, PluginError
+from sparsekit.files import read_json
+from sparsekit.formats.base import Format, Setting, Storage, permuted
+from sparsekit.interchange.export import export_as
+from sparsekit.interchange.hfdir import MARKER
+from sparsekit.interchange.imports import QuantizedFiles
+from sparsekit.kept import sha256_file
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState
 
 SHAPE = (32, 64)
 
-StorageCheck = Callable[[Storage], None]
+FormatCheck = Callable[[Format], None]
 
 
-def takes_some(storage: Storage) -> None:
+def takes_some(form: Format) -> None:
     """It takes some integers, and says in words why it refuses others."""
+    storage = storage_of(form)
     states = list(_specimens())
     told = [storage.obstacle(state, layout) for state, layout in _tried(storage, states)]
     if wrong := [reason for reason in told if reason is not None and not (isinstance(reason, str) and reason)]:
@@ -30,8 +40,9 @@ def takes_some(storage: Storage) -> None:
         raise ContractError(f"it refuses all of {len(states)} made-up linears; the first: {told[0]}")
 
 
-def comes_back(storage: Storage) -> None:
+def comes_back(form: Format) -> None:
     """Every integer, scale and group comes back, of every setting that it does not refuse."""
+    storage = storage_of(form)
     for state, setting, packed in _packed(storage):
         weight = _integers(state)
         found = storage.unpack(packed, storage.setting(storage.config(setting, [])))
@@ -44,8 +55,9 @@ def comes_back(storage: Storage) -> None:
             )
 
 
-def repeats(storage: Storage) -> None:
+def repeats(form: Format) -> None:
     """The same integers give the same bytes, and are not modified."""
+    storage = storage_of(form)
     for state, setting, packed in _packed(storage):
         before = replace(_integers(state), codes=_integers(state).codes.clone())
         again = storage.pack(_integers(state), setting.layout, state.mask)
@@ -55,8 +67,9 @@ def repeats(storage: Storage) -> None:
             raise ContractError("two calls of pack give different tensors")
 
 
-def misses(storage: Storage) -> None:
+def misses(form: Format) -> None:
     """Without the tensor that marks a linear it raises a CheckpointError."""
+    storage = storage_of(form)
     first = next(iter(storage.parts))
     for _, setting, packed in _packed(storage):
         try:
@@ -66,7 +79,97 @@ def misses(storage: Storage) -> None:
         raise ContractError(f"unpack takes a linear that lacks {first!r}; raise a KeyError or CheckpointError")
 
 
-STORAGE_CHECKS: tuple[StorageCheck, ...] = (takes_some, comes_back, repeats, misses)
+def exported(form: Format) -> None:
+    """A model exported in it reads back equal, the digests beside it are right, and damage is refused."""
+    storage, view = storage_of(form), ModelView.open("builtin:tiny", dtype="float32")
+    blocks = _model(view, storage)
+    with tempfile.TemporaryDirectory(prefix="sparsekit-check-") as place:
+        directory = Path(place) / "export"
+        try:
+            export_as(form, view, blocks.__getitem__, directory)
+            found = QuantizedFiles(directory)
+            for name, state in blocks[0].linears.items():  # export_as itself has held every integer against the files
+                if not torch.equal(found[name].weight, state.weight):
+                    raise ContractError(f"{name} of an export has other weights than the model")
+        except CheckpointError as error:
+            raise ContractError(f"an export of a small model fails: {error}") from error
+        for file, known in read_json(directory / MARKER)["files"].items():
+            if sha256_file(directory / file) != known["sha256"]:
+                raise ContractError(f"{MARKER} has another digest of {file} than the file")
+        _damage(next(directory.glob("*.safetensors")))
+        try:
+            QuantizedFiles(directory)
+        except CheckpointError:
+            return
+        raise ContractError("an export with a changed byte is read as if nothing had happened")
+
+
+def devices(form: Format) -> None:
+    """Integers on CUDA give the tensors that they give on a CPU, on CUDA."""
+    storage = storage_of(form)
+    for state, setting, packed in _packed(storage):
+        assert state.mask is not None  # specimens are pruned
+        there = storage.pack(_integers(state).to("cuda"), setting.layout, state.mask.to("cuda"))
+        for name, tensor in there.items():
+            if not tensor.is_cuda:
+                raise ContractError(
+                    f"{name} of integers on CUDA is on the CPU; create it with device=weight.codes.device"
+                )
+            if not torch.equal(tensor.cpu(), packed[name]):
+                raise ContractError(f"{name} differs between CPU and CUDA")
+
+
+def documented(form: Format) -> None:
+    """The first line of its docstring says what it is."""
+    if not (form.doc or "").strip():
+        raise ContractError("it has no docstring; its first line stands in the list of sparsekit methods")
+
+
+FORMAT_CHECKS: tuple[FormatCheck, ...] = (takes_some, comes_back, repeats, misses, exported, devices, documented)
+
+
+def storage_of(form: Format) -> Storage:
+    """How a format stores integers.
+
+    Raises:
+        PluginError: It stores none.
+    """
+    if form.storage is None:
+        raise PluginError(
+            f"export format {form.name!r} stores every value as it is; each run that writes it opens it again and "
+            "compares the logits, so there is nothing to check here"
+        )
+    return form.storage
+
+
+def _model(view: ModelView, storage: Storage) -> list[BlockState]:
+    """The blocks of a small model, 2:4 and quantized to what the format takes: 4 bits, or the nearest it does."""
+    for bits, symmetric in product(sorted(storage.bits, key=lambda bits: abs(bits - 4)), (True, False)):
+        blocks = [view.dense_block(index) for index in range(len(view.blocks))]
+        blocks = [
+            BlockState({name: _rounded(state, bits, symmetric) for name, state in block.linears.items()}, block.params)
+            for block in blocks
+        ]
+        states = [state for block in blocks for state in block.linears.values()]
+        if any(all(storage.obstacle(state, way) is None for state in states) for way in storage.layouts(symmetric)):
+            return blocks
+    raise ContractError("it refuses a small model of every number of bits it names, symmetric or not")
+
+
+def _rounded(state: LinearState, bits: int, symmetric: bool) -> LinearState:
+    """A linear pruned to 2:4 and rounded, in groups of 64."""
+    mask = Pattern(2, 4).keep(state.source.abs())
+    grouped = (state.source * mask).reshape(len(mask), -1, 64)
+    grid = Grid.fit(grouped, bits, symmetric=symmetric)
+    codes = grid.encode(grouped).reshape(mask.shape)
+    return state.masked(mask).with_quantized(QuantizedWeight.of(codes, grid, group_size=64, symmetric=symmetric))
+
+
+def _damage(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def _specimens() -> Iterator[LinearState]:

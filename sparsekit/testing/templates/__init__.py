@@ -1,0 +1,1 @@
+"""What `sparsekit new-method` writes: a plugin of each kind that works, and its test; only read, never imported."""
