@@ -23,7 +23,9 @@ from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, N
 from sparsekit.registry import BUILT_IN, METHODS, Method
 from sparsekit.reporting.svg import Axes, Point, Series, scatter_chart
 from sparsekit.terminal.console import type_name
-from sparsekit.testing import PROPERTIES
+from sparsekit.testing import SUITES
+from sparsekit.testing.statistics import STATISTIC_CHECKS
+from sparsekit.testing.suite import summary
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
@@ -123,10 +125,13 @@ def _linked(text: str) -> str:
 
 
 def promises() -> str:
-    """The contract suite."""
-    rows = ["| promise | |", "|---|---|"]
-    rows += [f"| `{check.__name__}` | {(check.__doc__ or '').partition(chr(10))[0]} |" for check in PROPERTIES]
-    return "\n".join(rows) + "\n"
+    """The contract suites, a table for each kind of thing."""
+    told = {suite.noun: suite.promises for suite in SUITES} | {"statistic": STATISTIC_CHECKS}
+    parts = []
+    for noun, checks in told.items():
+        rows = [f"| `{check.__name__}` | {_escaped(summary(check))} |" for check in checks]
+        parts.append("\n".join([f"| promise of a{'n' * (noun[0] in 'aeiou')} {noun} | |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
 
 
 def recipe_keys() -> str:

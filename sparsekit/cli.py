@@ -308,7 +308,7 @@ def generate(
     type=click.Choice(["prune", "quantize", "allocate", "format", "evaluator", "section"]),
     default="prune",
     show_default=True,
-    help="What it brings: a pruner, a quantizer, sparsities, an export format, a measurement, a section of the report.",
+    help="What it brings; allocate is a sparsity for each layer, section one of the report.",
 )
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), default=".", help="Where; default here.")
 @named_errors

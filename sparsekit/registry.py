@@ -280,16 +280,16 @@ def _decorator(
 def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]) -> Method:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise PluginError(f"method name {name!r} must be lower case letters, digits and _")
-    file = Path(inspect.getfile(inspect.unwrap(function)))  # not that of a decorator around it
-    signature = inspect.signature(function)
+    signature, file = inspect.signature(function), Path(inspect.getfile(inspect.unwrap(function)))  # under decorators
     given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
     expected = 2 if stats is not None or scope == "layers" else 1
     if len(given) != expected:
-        names = "(state, stats, /, ...)" if expected == 2 else "(state, /, ...)"
-        names = "(layers, sparsity, /, ...)" if scope == "layers" else names
-        raise PluginError(f"method {name!r} must take {names}: {expected} positional-only, it has {len(given)}")
+        names = "layers, sparsity" if scope == "layers" else "state, stats" if expected == 2 else "state"
+        raise PluginError(f"method {name!r} must take ({names}, /, ...), it has {len(given)} before the /")
     if stats is not None and (lacking := [need for need in ("empty", "update", "merge") if not hasattr(stats, need)]):
-        raise PluginError(f"method {name!r}: its statistic has no {', '.join(lacking)}; docs/write-a-plugin.md shows one")
+        raise PluginError(
+            f"method {name!r}: its statistic has no {', '.join(lacking)}; docs/write-a-plugin.md shows one"
+        )
     return Method(
         name=name,
         kind=kind,

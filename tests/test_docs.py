@@ -20,6 +20,7 @@ from sparsekit.evaluation.measures import EVALUATORS
 from sparsekit.formats import FORMATS
 from sparsekit.recipe import read_recipe
 from sparsekit.registry import METHODS
+from sparsekit.reporting.sections import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "plugins").glob("*.md"))]
@@ -111,6 +112,7 @@ def test_examples_run(path, tmp_path, monkeypatch):
     monkeypatch.setattr(METHODS, "_methods", {m.name: m for m in METHODS if m.built_in})
     monkeypatch.setattr(FORMATS, "_things", {f.name: f for f in FORMATS.values() if f.origin.built_in})
     monkeypatch.setattr(EVALUATORS, "_things", {})
+    monkeypatch.setattr(SECTIONS, "_things", {})
     monkeypatch.setattr(METHODS, "_loaded", {name for name in METHODS._loaded if name.startswith("sparsekit.methods.")})
     for folder in ("recipes", "plugins"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

@@ -27,7 +27,7 @@ def new_method(name: str, kind: str, directory: Path) -> tuple[Path, Path]:
         raise PluginError(f"name {name!r} must be lower case letters, digits and _, as in my_pruner")
     for suite in SUITES:
         if name in suite.names():
-            raise PluginError(f"there is a {suite.noun} {name!r} already; choose another name")
+            raise PluginError(f"the name {name!r} is taken ({suite.noun}); choose another one")
     plugin, test = directory / f"{name}.py", directory / f"test_{name}.py"
     for path in (plugin, test):
         if path.exists():

@@ -20,8 +20,7 @@ StatisticCheck = Callable[[type[Statistic]], None]
 
 def counts(kind: type[Statistic]) -> None:
     """It begins at 0 tokens and counts those that it is given."""
-    fresh = _filled(kind)
-    for statistic, count in ((fresh, 0), (_filled(kind, _tokens()), TOKENS)):
+    for statistic, count in ((_filled(kind), 0), (_filled(kind, *_tokens().view(2, -1, INPUTS)), TOKENS)):
         if statistic.tokens != count:
             raise ContractError(
                 f"its tokens are {statistic.tokens!r} after {count} tokens; "
@@ -65,7 +64,7 @@ def keeps_tokens(kind: type[Statistic]) -> None:
         raise ContractError("update changes the tokens it is given, with which the model goes on; work on a copy")
 
 
-STATISTIC_CHECKS: tuple[StatisticCheck, ...] = (counts, adds_up, merges, narrow, keeps_tokens)
+STATISTIC_CHECKS: tuple[StatisticCheck, ...] = (counts, keeps_tokens, adds_up, merges, narrow)
 
 
 def check_statistic(kind: type[Statistic]) -> None:

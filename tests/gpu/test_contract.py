@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from click.testing import CliRunner
 from test_devices import FROM_FILES
 
 from sparsekit.cli import main
+from sparsekit.formats import FORMATS
 from sparsekit.registry import METHODS
-from sparsekit.testing import Subject, allocation, devices, training
+from sparsekit.testing import Subject, allocation, check_evaluator, devices, storages, training
 from sparsekit.testing.specimens import arguments_of
 
 pytestmark = pytest.mark.gpu
 PLUGINS = Path(__file__).parents[2] / "plugins"
+PAGE = Path(__file__).parents[2] / "docs" / "write-a-plugin.md"
 ERK = PLUGINS / "sparsekit-erk/src/sparsekit_erk/__init__.py"
 LINEAR = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq")
 CUDA = torch.device("cuda")
@@ -73,3 +76,11 @@ def test_plugins_run_on_cuda(tmp_path, random_model, plugin):
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert all(step["violations"] == 0 for step in report["steps"])
+
+
+def test_formats_and_evaluators_keep_their_promises_on_cuda(tmp_path):
+    for form in (known for known in FORMATS.values() if known.storage is not None):
+        storages.devices(form)
+    code = re.search(r"<!-- test: file confidence.py -->\n```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)[1]
+    (tmp_path / "confidence.py").write_text(code)
+    check_evaluator("confidence", plugin=tmp_path / "confidence.py")
