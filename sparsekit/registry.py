@@ -287,9 +287,7 @@ def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, 
         names = "layers, sparsity" if scope == "layers" else "state, stats" if expected == 2 else "state"
         raise PluginError(f"method {name!r} must take ({names}, /, ...), it has {len(given)} before the /")
     if stats is not None and (lacking := [need for need in ("empty", "update", "merge") if not hasattr(stats, need)]):
-        raise PluginError(
-            f"method {name!r}: its statistic has no {', '.join(lacking)}; docs/write-a-plugin.md shows one"
-        )
+        raise PluginError(f"method {name!r}: its statistic has no {', '.join(lacking)}; see docs/write-a-plugin.md")
     return Method(
         name=name,
         kind=kind,

@@ -126,7 +126,7 @@ def test_a_method_has_the_promises_of_its_statistic(tmp_path):
 def test_a_class_that_is_no_statistic_is_refused_when_it_is_named(tmp_path):
     plugin = example("clipped.py", tmp_path)
     plugin.write_text(plugin.read_text().replace("def merge", "def join"))
-    with pytest.raises(PluginError, match=r"method 'by_largest': its statistic has no merge; docs/write-a-plugin.md"):
+    with pytest.raises(PluginError, match=r"method 'by_largest': its statistic has no merge; see docs/write-a-plugin.md"):
         METHODS.load_path(plugin)
 
 
