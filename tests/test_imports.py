@@ -71,9 +71,11 @@ def logits(directory: Path, dtype: str = "float32") -> torch.Tensor:
 
 
 def change(directory: Path, **values) -> None:
-    config = read_json(directory / "config.json")
+    """Other settings, as if the export had been written with them."""
+    config, marker = read_json(directory / "config.json"), read_json(directory / "sparsekit.json")
     config["quantization_config"] |= values
     write_json(directory / "config.json", config)
+    write_json(directory / "sparsekit.json", {**marker, "config": config})
 
 
 def rewrite(directory: Path, alter) -> None:

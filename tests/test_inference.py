@@ -623,8 +623,9 @@ def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):
     template = "{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}"
     write_json(directory / "tokenizer_config.json", settings | {"chat_template": template})
     chat = call(directory, "--prompt", "Who?", "--chat", "--max-tokens", 8)
-    assert chat[0] == 0 and chat == call(tiny / "dense", "--prompt", "Question: Who?\nAnswer:", "--max-tokens", 8)
-    assert chat != call(tiny / "dense", "--prompt", "Who?", "--max-tokens", 8)
+    assert chat[:2] == call(tiny / "dense", "--prompt", "Question: Who?\nAnswer:", "--max-tokens", 8)[:2]
+    assert chat[0] == 0 and "note: tokenizer_config.json was changed since the export" in chat[2]
+    assert chat[:2] != call(tiny / "dense", "--prompt", "Who?", "--max-tokens", 8)[:2]
 
 
 def test_ctrl_c_ends_it(tiny):

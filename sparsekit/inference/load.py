@@ -96,7 +96,7 @@ def load_model(
     view.module.requires_grad_(False)
     if (path / "generation_config.json").is_file():
         view.module.generation_config = _generation_config(path)
-    loaded.notes += [*filter(None, [view.converted]), *_notes(loaded)]
+    loaded.notes += [*view.warnings, *_notes(loaded)]
     return loaded
 
 

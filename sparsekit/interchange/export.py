@@ -37,6 +37,7 @@ from sparsekit.interchange.hfdir import (
     staged,
 )
 from sparsekit.interchange.imports import MASKS, QuantizedFiles
+from sparsekit.interchange.since import recorded
 from sparsekit.interchange.sizes import ExportReport, Tally
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
@@ -288,7 +289,7 @@ def _write_marker(target: Path, written: str, name: str, tally: Tally, files: Ma
     versions = {"sparsekit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"recipe": name, "format": written, "versions": versions, "files": files, "linears": tally.layers}
     masks = {"masks": str(MASKS)} if tally.masks and (target / MASKS).exists() else {}
-    write_json(target / MARKER, {**about, **masks})
+    write_json(target / MARKER, {**about, **masks, **recorded(target, files)})
 
 
 def _dense_note(left_dense: Sequence[str]) -> Iterator[str]:

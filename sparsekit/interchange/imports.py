@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sparsekit.checkpoint import unpack_mask
 from sparsekit.errors import CheckpointError
-from sparsekit.files import read_json, read_tensors
+from sparsekit.files import read_tensors
 from sparsekit.formats import storage_of
 from sparsekit.interchange.hfdir import MARKER, read_config
-from sparsekit.kept import sha256_file
+from sparsekit.interchange.since import GRID, check_grid, check_tensors, marker_of
 from sparsekit.shards import tensor_places
 from sparsekit.state import LinearState
 
@@ -49,7 +49,9 @@ class QuantizedFiles(Mapping[str, LinearState]):
         """
         self.directory = directory
         self._device = device
-        about = read_config(directory).get("quantization_config")
+        marker = marker_of(directory)
+        check_grid(directory, marker)
+        about = read_config(directory).get(GRID)
         if not isinstance(about, dict):
             raise CheckpointError(f"{directory / 'config.json'} has no quantization_config: not quantized")
         try:
@@ -57,7 +59,9 @@ class QuantizedFiles(Mapping[str, LinearState]):
             self.setting = self.storage.setting(about)
         except CheckpointError as error:
             raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-        marker = self._marker(required=self.storage.checksums)
+        if not marker and self.storage.checksums:
+            raise CheckpointError(f"{directory / MARKER} is missing: without its digests this format is not read")
+        check_tensors(directory, marker)
         self._files = _index(directory, self.storage.stem if self.storage.checksums else "")
         first = next(iter(self.storage.parts))
         self._stems = {name.removesuffix(f".{first}"): None for name in self._files if name.endswith(f".{first}")}
@@ -66,26 +70,10 @@ class QuantizedFiles(Mapping[str, LinearState]):
         self._masks = _masks(directory, marker)
         self.quantizer = "sparsekit" if marker else _writer(about)
 
-    def _marker(self, required: bool) -> dict[str, Any]:
-        """What `sparsekit.json` says, its digests checked; {} for a directory of others.
-
-        Raises:
-            CheckpointError: A file is missing, cut short or changed.
-        """
-        path = self.directory / MARKER
-        if not path.is_file():
-            if required:
-                raise CheckpointError(f"{path} is missing: without its digests this format is not read")
-            return {}
-        marker = read_json(path)
-        files = marker.get("files") if isinstance(marker, dict) else None
-        if not isinstance(marker, dict) or not isinstance(files, dict) or not files:
-            raise CheckpointError(f"{path} lists no weight files")
-        for name, known in files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise CheckpointError(f"{path} names {name}, which is outside the directory")
-            _check_file(self.directory / str(name), known)
-        return marker
+    @property
+    def read(self) -> set[str]:
+        """Names of the files that hold its tensors."""
+        return {path.name for path in self._files.values()}
 
     def __len__(self) -> int:
         return len(self._stems)
@@ -162,19 +150,7 @@ def load_quantized(directory: str | Path) -> QuantizedFiles:
 
 def is_quantized(directory: Path) -> bool:
     """Whether a model directory's config.json names a quantization."""
-    return bool(read_config(directory).get("quantization_config"))
-
-
-def _check_file(path: Path, known: Any) -> None:
-    if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
-        raise CheckpointError(f"{path.parent / MARKER} has no digest of {path.name}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing, {MARKER} lists it")
-    size = path.stat().st_size
-    if size != known["bytes"]:
-        raise CheckpointError(f"{path} has {size:,} bytes, {known['bytes']:,} were written")
-    if sha256_file(path) != known["sha256"]:
-        raise CheckpointError(f"{path} was changed after it was written: its sha256 is not the one in {MARKER}")
+    return bool(read_config(directory).get(GRID))
 
 
 def _index(directory: Path, stem: str) -> dict[str, Path]:

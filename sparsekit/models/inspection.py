@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError, ModelError, RecipeError
+from sparsekit.interchange.since import changes
 from sparsekit.models.groups import Producer
 from sparsekit.models.locate import locate
 from sparsekit.models.shapes import FEW, entering, sizes_of, width_of
@@ -143,8 +144,9 @@ def inspect_model(path: str, *, pattern: Pattern | None = None) -> dict[str, Any
         states, found = dict(_raw(directory)), {"notes": [f"{error}; its matrices are looked at one by one"]}
         return {**_base(directory), **found, "layers": _layers(lambda: iter(states.values()), "as stored", pattern)}
     dtype = str(view.dtype).removeprefix("torch.")
-    layers = _layers(lambda: _linears(view), dtype, pattern)
-    return {**_base(directory), **_architecture(view), "layers": layers}
+    layers, about = _layers(lambda: _linears(view), dtype, pattern), _architecture(view)
+    notes = dict.fromkeys([*view.notes, *changes(directory, weights=True)])  # all weights are read here anyway
+    return {**_base(directory), **about, "notes": list(notes), "layers": layers}
 
 
 def _base(directory: Path) -> dict[str, Any]:
@@ -191,7 +193,6 @@ def _architecture(view: ModelView) -> dict[str, Any]:
         "kinds": kinds,
         "ledger": totals,
         "unreachable": {row.name: row.numel for row in ledger if row.category == "not reachable"},
-        "notes": list(view.notes),
     }
 
 

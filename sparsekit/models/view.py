@@ -78,8 +78,7 @@ class ModelView:
         self.device = device
         self.trust_remote_code = trust_remote_code
         self.blocks = _find_blocks(module)
-        self.notes = [weights.note] if weights.note else []
-        self.converted = weights.converted  # why the whole model was loaded on the host; empty where it is streamed
+        self.notes, self.warnings = weights.notes, weights.warnings
         self.quantized = weights.quantized is not None
         self._weights = weights
         self._origins = origins

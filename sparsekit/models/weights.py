@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sparsekit.errors import ModelError
 from sparsekit.interchange.adapter import ADAPTER
 from sparsekit.interchange.imports import QuantizedFiles, is_quantized
+from sparsekit.interchange.since import changes
+from sparsekit.models.leftovers import Leftovers, unused
 from sparsekit.shards import tensor_places
 from sparsekit.state import LinearState
 
@@ -24,14 +26,19 @@ class Weights:
     Most checkpoints store exactly these names, or the same with or without the base model's prefix
     (`transformer.h.0...` and `h.0...`), and are streamed. When transformers converts names or
     shapes while loading (fused experts of older checkpoints), the whole model is loaded once on
-    the host through transformers, and `converted` says so, as does `note`.
+    the host through transformers.
 
     The linears of a quantized checkpoint are integers: `linear` gives them, `read` what they stand for.
+
+    Attributes:
+        warnings: What whoever runs the model should know: files changed since the export, tensors that
+            nobody reads, a model that was loaded whole. One sentence each.
+        notes: The same, and what the weights are.
     """
 
     def __init__(self, directory: Path, module: PreTrainedModel, *, trust_remote_code: bool) -> None:
         self.directory = directory
-        self.note = self.converted = ""
+        self.warnings = changes(directory)
         self.quantized = QuantizedFiles(directory) if is_quantized(directory) else None
         self._files = _index(directory) if self.quantized is None else self.quantized.plain()
         self._names: dict[str, str] = {}
@@ -43,17 +50,43 @@ class Weights:
             raise ModelError(f"{directory} has no tensor {missing[0]} ({len(missing)} tensors are missing)")
         if missing:
             self._load_whole(missing, trust_remote_code)
-        elif self.quantized is not None:
+        else:
+            self.warnings += self._left_over(module)
+        self.notes = [*self._about(), *self.warnings]
+
+    def _about(self) -> Iterator[str]:
+        """What the weights are, where they are not plain values and nothing else."""
+        if self.quantized is not None:
             told = self.quantized
-            self.note = (
+            yield (
                 f"the model is quantized: {len(self._stems)} linears in {told.storage.title} format, "
                 f"{told.setting.bits} bits, written by {told.quantizer}"
             )
-        if (directory / ADAPTER).is_dir():
-            unread = (
-                f"{directory / ADAPTER} holds low-rank branches that are not read: without them it is another model"
-            )
-            self.note = "; ".join(filter(None, (self.note, unread)))
+        if (self.directory / ADAPTER).is_dir():
+            place = self.directory / ADAPTER
+            yield f"{place} holds low-rank branches that are not read: without them it is another model"
+
+    def _left_over(self, module: PreTrainedModel) -> list[str]:
+        """A sentence about the tensors that no parameter is read from, and one about whole files of them.
+
+        Raises:
+            ModelError: They say that the model computes something else than config.json does.
+        """
+        used = {*self._names.values(), *self._stems.values()}
+        held = {**self._files, **dict.fromkeys(self.quantized or (), self.directory)}
+        left = Leftovers(module, [name for name in held if name not in used], self._names.values(), self._stored)
+        left.check(str(self.directory))
+        read = {path.name for path in self._files.values()}
+        if self.quantized is not None:
+            read |= self.quantized.read
+        every = [path.name for path in sorted(self.directory.glob("*.safetensors"))]
+        return left.told(used, [name for name in every if name not in read])
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor under the name it is stored by."""
+        with safe_open(str(self._files[name]), framework="pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value
 
     def _resolve(self, name: str, prefix: str) -> bool:
         for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
@@ -84,10 +117,11 @@ class Weights:
         if absent:
             raise ModelError(f"{self.directory} has no tensor {absent[0]} ({len(absent)} tensors are missing)")
         self._loaded = dict(model.state_dict())
-        self.note = self.converted = (
+        self.warnings.append(
             f"{len(missing)} tensors are stored under other names or shapes than the model uses ({missing[0]}); "
             f"the whole model was loaded on the host to convert them"
         )
+        self.warnings += unused(sorted(report["unexpected_keys"]))
 
     def __contains__(self, name: str) -> bool:
         return name in self._names or name in self._stems if self._loaded is None else name in self._loaded
