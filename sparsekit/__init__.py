@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparsekit.errors import nearest
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(f"sparsekit.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
+    raise AttributeError(f"module 'sparsekit' has no attribute {name!r}.{nearest(name, __all__)}", name=name)
 
 
 def __dir__() -> list[str]:

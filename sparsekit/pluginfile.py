@@ -26,7 +26,8 @@ def run_file(path: Path) -> None:
         PluginError: The file is missing, is no Python file, or fails.
     """
     if not path.is_file():
-        raise PluginError(f"plugin {path} is not a file")
+        told = "is a directory, and none is ever scanned: name a file of it" if path.is_dir() else "is not there"
+        raise PluginError(f"plugin {path} {told}")
     module_name = f"sparsekit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
@@ -38,7 +39,7 @@ def run_file(path: Path) -> None:
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may fail in any way; its file is what to name
-        raise PluginError(f"plugin {path} failed to load: {type(error).__name__}: {error}") from error
+        raise PluginError(f"plugin {path} failed to load: {described(error, str(path))}") from error
 
 
 @contextmanager
@@ -61,10 +62,17 @@ def named_failures(what: str, defined: Callable[..., Any]) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a plugin may fail in any way; its function is what to name
         if defined.__module__.startswith("sparsekit."):
             raise
-        told = in_one_line(error)
-        told = f"{type(error).__name__}: {told}" if told else type(error).__name__
-        where = _place(error, inspect.getfile(inspect.unwrap(defined)))
-        raise PluginError(f"{what} failed: {told} ({where}); sparsekit -v shows the traceback") from error
+        told = described(error, inspect.getfile(inspect.unwrap(defined)))
+        raise PluginError(f"{what} failed: {told}; sparsekit -v shows the traceback") from error
+
+
+def described(error: BaseException, file: str) -> str:
+    """An error in a line: its type, what it says, and where in a plugin's file it happened."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f"{type(error).__name__}: {error.msg} ({file}:{error.lineno})"
+    told = in_one_line(error)
+    told = f"{type(error).__name__}: {told}" if told else type(error).__name__
+    return f"{told} ({_place(error, file)})"
 
 
 def _place(error: BaseException, file: str) -> str:

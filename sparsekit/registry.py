@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from pydantic import BaseModel
 
 from sparsekit.errors import PluginError, nearest
 from sparsekit.pluginfile import named_failures, run_file
-from sparsekit.signature import docstring, parameters, source_of, without_args
+from sparsekit.signature import docstring, lower_case, parameters, positional, source_of, without_args
 from sparsekit.stats import Statistic
 
 Kind = Literal["prune", "train", "quantize", "allocate"]
@@ -34,6 +33,7 @@ Rowwise = Callable[[Mapping[str, Any]], bool]
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
 NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
+HANDED = {"linear": ("layer",), "group": ("group",), "model": ("job",), "layers": ("layers", "sparsity")}  # by scope
 BUILT_IN = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq", "ast")
 
 
@@ -278,16 +278,16 @@ def _decorator(
 
 
 def _method(name: str, kind: Kind, scope: Scope, stats: type[Statistic] | None, function: Callable[..., Any]) -> Method:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise PluginError(f"method name {name!r} must be lower case letters, digits and _")
-    signature, file = inspect.signature(function), Path(inspect.getfile(inspect.unwrap(function)))  # under decorators
-    given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
-    expected = 2 if stats is not None or scope == "layers" else 1
-    if len(given) != expected:
-        names = "layers, sparsity" if scope == "layers" else "state, stats" if expected == 2 else "state"
-        raise PluginError(f"method {name!r} must take ({names}, /, ...), it has {len(given)} before the /")
+    lower_case("method", name)
+    if kind not in (kinds := typing.get_args(Kind)):
+        raise PluginError(
+            f"method {name!r} is of kind {kind!r}; there are {', '.join(kinds)}.{nearest(str(kind), kinds)}"
+        )
     if stats is not None and (lacking := [need for need in ("empty", "update", "merge") if not hasattr(stats, need)]):
         raise PluginError(f"method {name!r}: its statistic has no {', '.join(lacking)}; see docs/write-a-plugin.md")
+    file = Path(inspect.getfile(inspect.unwrap(function)))  # not that of a decorator around it
+    signature, given = inspect.signature(function), HANDED[scope]
+    positional("method", name, signature, (*given, "statistic") if stats is not None and len(given) == 1 else given)
     return Method(
         name=name,
         kind=kind,

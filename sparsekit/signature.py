@@ -8,12 +8,40 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from sparsekit.errors import PluginError
 
 _ARGS = re.compile(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", re.M)  # the section of a Google-style docstring
+
+
+def lower_case(noun: str, name: str) -> None:
+    """Refuse what a recipe could not write, and who forgot to give a name at all.
+
+    Raises:
+        PluginError: The name is none.
+    """
+    if not isinstance(name, str):
+        raise PluginError(
+            f"a decorator of {noun}s takes a name, as in @sk....({'my_name'!r}, ...), it was given {name!r}"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise PluginError(f"{noun} name {name!r} must be lower case letters, digits and _")
+
+
+def positional(noun: str, name: str, signature: inspect.Signature, expected: tuple[str, ...]) -> None:
+    """Hold the arguments before the `/` against those that the function will be called with.
+
+    Raises:
+        PluginError: They are not as many.
+    """
+    given = sum(parameter.kind is parameter.POSITIONAL_ONLY for parameter in signature.parameters.values())
+    if given != len(expected):
+        shown = f"({', '.join(expected)}, /, *, parameters)"
+        raise PluginError(
+            f"{noun} {name!r} must take {shown}, {len(expected)} positional-only; it has {given} before a /"
+        )
 
 
 def parameters(noun: str, name: str, function: Callable[..., Any], signature: inspect.Signature) -> type[BaseModel]:
@@ -25,9 +53,12 @@ def parameters(noun: str, name: str, function: Callable[..., Any], signature: in
         function: With type annotations, and descriptions in its docstring.
         signature: Its signature.
     Raises:
-        PluginError: A parameter is not keyword-only, or has no type.
+        PluginError: A parameter is not keyword-only, has no type, or a default that is not of it.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise PluginError(f"{noun} {name!r}: {error}, and an annotation uses it") from error
     described = _described(docstring(function))
     fields: dict[str, Any] = {}
     for parameter in signature.parameters.values():
@@ -36,11 +67,24 @@ def parameters(noun: str, name: str, function: Callable[..., Any], signature: in
         if parameter.kind is not parameter.KEYWORD_ONLY:
             raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} must be keyword-only (put it after *)")
         if parameter.name not in hints:
-            raise PluginError(f"{noun} {name!r}: parameter {parameter.name!r} has no type annotation")
+            raise PluginError(
+                f"{noun} {name!r}: parameter {parameter.name!r} has no type annotation, as in bits: int = 4"
+            )
         default = ... if parameter.default is parameter.empty else parameter.default
         info: FieldInfo = Field(default=default, description=described.get(parameter.name))
         fields[parameter.name] = (hints[parameter.name], info)
+    optional = {key: field for key, field in fields.items() if not field[1].is_required()}
     config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
+    try:
+        read = create_model(name, __config__=config | ConfigDict(validate_default=True), **optional)()
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = f"parameter {first['loc'][0]!r} has the default {first['input']!r}: {first['msg']}"
+        raise PluginError(f"{noun} {name!r}: {told}") from error
+    for key, value in dict(read).items():
+        if value != fields[key][1].default:
+            told = f"parameter {key!r} has the default {fields[key][1].default!r}; write {value!r}, as it is read"
+            raise PluginError(f"{noun} {name!r}: {told}")
     model: type[BaseModel] = create_model(name, __config__=config, __doc__=function.__doc__, **fields)
     return model
 

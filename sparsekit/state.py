@@ -66,6 +66,9 @@ class LinearState:
 
     def with_quantized(self, quantized: QuantizedWeight) -> LinearState:
         """Attach the integers; `source` becomes what they stand for."""
+        if not isinstance(quantized, QuantizedWeight):
+            told = type(quantized).__name__
+            raise MethodError(f"with_quantized takes a QuantizedWeight, got a {told}", layer=self.name)
         return replace(self, source=quantized.dequantize(), quantized=quantized)
 
     def noted(self, *notes: str) -> LinearState:

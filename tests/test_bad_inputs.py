@@ -244,8 +244,8 @@ def method(signature: str, decorator: str = '@sk.linear_method("own", kind="prun
 
 STATE = "layer: sk.LinearState, /"
 PLUGINS: list[tuple[str, Spoil, str]] = [
-    ("missing plugin", written("name: bad", "name: bad\nplugins: [BASE/no.py]"), "is not a file"),
-    ("plugin is a directory", written("name: bad", "name: bad\nplugins: [BASE/model]"), "is not a file"),
+    ("missing plugin", written("name: bad", "name: bad\nplugins: [BASE/no.py]"), "is not there"),
+    ("plugin is a directory", written("name: bad", "name: bad\nplugins: [BASE/model]"), "is a directory"),
     ("plugin no Python", plugin("def (:"), "SyntaxError"),
     ("plugin with zero bytes", plugin(b"x = 1\x00"), "failed to load"),
     ("plugin fails", plugin("1 / 0"), "ZeroDivisionError"),

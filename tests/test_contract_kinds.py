@@ -126,7 +126,7 @@ def test_a_method_has_the_promises_of_its_statistic(tmp_path):
 def test_a_class_that_is_no_statistic_is_refused_when_it_is_named(tmp_path):
     plugin = example("clipped.py", tmp_path)
     plugin.write_text(plugin.read_text().replace("def merge", "def join"))
-    with pytest.raises(PluginError, match=r"method 'by_largest': its statistic has no merge; see docs/write-a-plugin.md"):
+    with pytest.raises(PluginError, match=r"'by_largest': its statistic has no merge; see docs/write-a-plugin.md"):
         METHODS.load_path(plugin)
 
 
@@ -331,3 +331,65 @@ def test_every_kind_has_two_templates_and_the_command_line_offers_it(tmp_path):
         new_method("mine", "evaluate", tmp_path)
     with pytest.raises(PluginError, match=r"the name 'gptq' is taken \(method\)"):
         new_method("gptq", "format", tmp_path)
+
+
+DECLARED = """\
+import sparsekit as sk
+
+
+@sk.linear_method({decorator})
+def mine({arguments}) -> sk.LinearState:
+    return layer
+"""
+LAYER = "layer: sk.LinearState, /, *, "
+
+
+@pytest.mark.parametrize(
+    ("decorator", "arguments", "said"),
+    [
+        ('"mine", kind="pruner"', LAYER + "bits: int = 4", "method 'mine' is of kind 'pruner'; .*Did you mean 'prune'"),
+        ('"mine", kind="prune"', LAYER + "bits=4", "parameter 'bits' has no type annotation, as in bits: int = 4"),
+        ('"mine", kind="prune"', LAYER + 'bits: int = "4"', "'bits' has the default '4': Input should be a valid int"),
+        (
+            '"mine", kind="prune"',
+            LAYER + 'p: sk.Pattern = "2:4"',
+            r"'p' has the default '2:4'; write Pattern\(n=2, m=4",
+        ),
+        (
+            '"mine", kind="prune"',
+            LAYER + 'p: "Pattren"',
+            "method 'mine': name 'Pattren' is not defined, and an annotation",
+        ),
+        (
+            '"mine", kind="prune"',
+            "layer, x, /",
+            r"must take \(layer, /, \*, parameters\), 1 positional-only; it has 2 before a /",
+        ),
+        ('"mine", kind="prune"', "layer", "1 positional-only; it has 0 before a /"),
+        ('"mine"', "layer, /", r"missing 1 required keyword-only argument: 'kind' \(.*mine.py:4\)"),
+        ('"Mine", kind="prune"', "layer, /", "method name 'Mine' must be lower case"),
+        ('3, kind="prune"', "layer, /", "a decorator of methods takes a name, .*it was given 3"),
+        ('"mine", kind="prune" kind="prune"', "layer, /", r"failed to load: SyntaxError: .*mine.py:4\)"),
+        ('"mine", kind=sk.Prune', "layer, /", "module 'sparsekit' has no attribute 'Prune'"),
+    ],
+)
+def test_declarations_that_cannot_work_are_refused_with_what_to_write(tmp_path, decorator, arguments, said):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(DECLARED.format(decorator=decorator, arguments=arguments))
+    with pytest.raises(PluginError, match=said):
+        METHODS.load_path(plugin)
+
+
+def test_a_plugin_that_is_not_there_and_one_that_is_a_directory(tmp_path):
+    with pytest.raises(PluginError, match=r"plugin .*lost.py is not there"):
+        METHODS.load_path(tmp_path / "lost.py")
+    with pytest.raises(PluginError, match="is a directory, and none is ever scanned: name a file of it"):
+        METHODS.load_path(tmp_path)
+
+
+def test_a_method_that_does_not_run_fails_once_with_its_line(tmp_path):
+    plugin = example("my_wanda.py", tmp_path)
+    plugin.write_text(plugin.read_text().replace("layer.source", "layer.sauce").replace('"my_wanda"', '"sauce"'))
+    said = told("check", "sauce", "--plugin", str(plugin))
+    assert said.count("has no attribute 'sauce'") == 1 and "(/" in said
+    assert "not tried, since it fails at 'runs': purity" in said and "'sauce' breaks 1 of 17 promises" in said

@@ -297,7 +297,9 @@ def test_evaluators_that_do_not_keep_their_word_are_named():
     evaluator("leaving")(lambda forward, windows, /: sys.exit(0))
     with pytest.raises(PluginError, match="evaluator leaving failed: SystemExit: 0"):
         Measure.parse({"evaluator": "leaving", "text": "heldout"}).of(None, None)
-    with pytest.raises(PluginError, match=r"must take \(forward, windows, /, ...\), it has 1"):
+    with pytest.raises(
+        PluginError, match=r"must take \(forward, windows, /, \*, parameters\), 2 positional-only; it has 1"
+    ):
         evaluator("wrong")(lambda forward, /: {})
     with pytest.raises(PluginError, match="parameter 'text' has the name of a key"):
         evaluator("wrong")(lambda forward, windows, /, *, text: {})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from torch import Tensor
 from sparsekit.errors import MethodError, PluginError, nearest
 from sparsekit.pluginfile import named_failures
 from sparsekit.shelf import Origin, Shelf
-from sparsekit.signature import parameters
+from sparsekit.signature import lower_case, parameters, positional
 
 Forward = Callable[[Tensor], Tensor]
 F = TypeVar("F", bound=Callable[..., Mapping[str, float]])
@@ -64,16 +63,11 @@ def evaluator(name: str) -> Callable[[F], F]:
     Args:
         name: What a recipe writes.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise PluginError(f"evaluator name {name!r} must be lower case letters, digits and _")
+    lower_case("evaluator", name)
 
     def register(function: F) -> F:
         signature = inspect.signature(function)
-        given = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY]
-        if len(given) != 2:
-            raise PluginError(
-                f"evaluator {name!r} must take (forward, windows, /, ...), it has {len(given)} before the /"
-            )
+        positional("evaluator", name, signature, ("forward", "windows"))
         if taken := {"evaluator", "text"} & signature.parameters.keys():
             raise PluginError(f"evaluator {name!r}: parameter {taken.pop()!r} has the name of a key every measure has")
         schema = parameters("evaluator", name, function, signature)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from sparsekit.errors import PluginError
 from sparsekit.pluginfile import named_failures
 from sparsekit.shelf import Origin, Shelf
+from sparsekit.signature import lower_case
 
 Rows = Iterable[Mapping[str, str | int | float | None]]
 F = TypeVar("F", bound=Callable[[Mapping[str, Any]], Rows])
@@ -86,8 +86,7 @@ def report_section(name: str) -> Callable[[F], F]:
     Args:
         name: What a recipe writes, and, with spaces, the caption.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise PluginError(f"report section name {name!r} must be lower case letters, digits and _")
+    lower_case("report section", name)
 
     def register(function: F) -> F:
         if len(inspect.signature(function).parameters) != 1:

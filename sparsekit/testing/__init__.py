@@ -37,6 +37,7 @@ from sparsekit.testing.contract import (
     pattern,
     purity,
     resume,
+    runs,
     shapes,
     statistic,
     unstructured,
@@ -50,15 +51,15 @@ from sparsekit.testing.wholes import allocation, training
 __all__ = [
     "Outcome", "Subject", "SUITES", "check_evaluator", "check_format", "check_method", "check_section",
     "check_statistic", "outcomes", "specimen",
-    "purity", "shapes", "dtype", "pattern", "unstructured", "mask_kept", "dead_inputs", "determinism", "one_row",
-    "one_group", "resume", "devices", "statistic", "training", "allocation", "documented",
+    "runs", "purity", "shapes", "dtype", "pattern", "unstructured", "mask_kept", "dead_inputs", "determinism",
+    "one_row", "one_group", "resume", "devices", "statistic", "training", "allocation", "documented",
 ]  # fmt: skip
 
 Property = Callable[[Subject], None]
 T = TypeVar("T", bound=Named)
 
 PROPERTIES: tuple[Property, ...] = (
-    purity, shapes, dtype, pattern, unstructured, mask_kept, dead_inputs, determinism, one_row, one_group, resume,
+    runs, purity, shapes, dtype, pattern, unstructured, mask_kept, dead_inputs, determinism, one_row, one_group, resume,
     devices, statistic, training, allocation, documented,
 )  # fmt: skip
 OF_A_SCOPE: Mapping[Property, str] = {training: "model", allocation: "layers"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import ContractError
+from sparsekit.pluginfile import described
 from sparsekit.stats import Statistic
 from sparsekit.testing.specimens import CPU, tensors_of
 
@@ -38,7 +40,7 @@ def merges(kind: type[Statistic]) -> None:
     one, other = _tokens().view(2, -1, INPUTS)
     whole, first, second = _filled(kind, one, other), _filled(kind, one), _filled(kind, other)
     before = {name: tensor.clone() for name, tensor in tensors_of(second).items()}
-    with _told("merge"):
+    with _told("merge", kind):
         first.merge(second)
     _compare(whole, first, "two halves merged")
     for name, tensor in tensors_of(second).items():
@@ -87,22 +89,22 @@ def _tokens() -> Tensor:
 
 def _filled(kind: type[Statistic], *parts: Tensor) -> Statistic:
     """A statistic that has seen some parts."""
-    with _told("empty"):
+    with _told("empty", kind):
         statistic = kind.empty(INPUTS, CPU)
     for x in parts:
-        with _told("update"):
+        with _told("update", kind):
             statistic.update(x)
     return statistic
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _told(what: str, kind: type[Statistic]) -> Iterator[None]:
     """Whatever a method of the statistic fails with becomes a broken promise."""
     try:
         with torch.inference_mode():
             yield
     except Exception as error:  # it may fail in any way; the promise is that it does not
-        raise ContractError(f"{what} failed: {type(error).__name__}: {error}") from error
+        raise ContractError(f"{what} failed: {described(error, inspect.getfile(kind))}") from error
 
 
 def _compare(one: Statistic, other: Statistic, what: str) -> None:

@@ -41,7 +41,8 @@ class Suite(Generic[S]):
         noun: What such a thing is called.
         names: Those that there are.
         subject: From a name and arguments, as a recipe writes them, to what a promise is given.
-        promises: Functions of a subject; each raises a `SparsekitError` when it is broken.
+        promises: Functions of a subject; each raises a `SparsekitError` when it is broken. Without the
+            first one that applies none of the others means anything.
         excuse: Why a promise does not apply to a subject; empty when it does.
         parameters: Whether such a thing may have parameters.
     """
@@ -59,16 +60,18 @@ class Suite(Generic[S]):
         Raises:
             PluginError: Nothing is called that, or a parameter is missing or not understood.
         """
-        subject, found = self.subject(name, arguments), []
+        subject, found, broken = self.subject(name, arguments), list[Outcome](), ""
         for promise in self.promises:
             title = promise.__name__
-            if why := self.excuse(promise, subject):
+            if why := self.excuse(promise, subject) or broken:
                 found.append(Outcome(title, "does not apply", why))
                 continue
             try:
                 promise(subject)
                 found.append(Outcome(title, "ok", summary(promise)))
             except SparsekitError as error:
+                if all(each.status == "does not apply" for each in found):
+                    broken = f"it fails at {title!r}"
                 found.append(Outcome(title, "failed", str(error)))
         return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from sparsekit.allocate import Measured, checked
 from sparsekit.errors import ContractError, MethodError
+from sparsekit.pluginfile import described
 from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
 from sparsekit.stats import added, begun
@@ -41,7 +43,8 @@ def _allotted(subject: Subject, target: float, device: torch.device) -> dict[str
     try:
         found = subject.method.function(_layers(subject, sizes, device), target, **subject.arguments)
     except Exception as error:  # a method may fail in any way; the promise is that it does not
-        raise ContractError(f"it failed on {device.type}: {type(error).__name__}: {error}") from error
+        told = described(error, inspect.getfile(inspect.unwrap(subject.method.function)))
+        raise ContractError(f"it failed on {device.type}: {told}") from error
     try:
         return checked(subject.method.name, found, sizes, target)
     except MethodError as error:
