@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,18 @@ ABLATION = {  # arm of recipes/ast: what it is
     "fixed-kd": "the first mask for good, distillation",
     "static": "AST, decay at its plateau from the first step (static SR-STE)",
     "adaptive": "AST",
+    "lr-3e-3": "AST, lr 3e-3",
+    "floor-0": "AST, the rate falls to 0",
+    "squarehead": "AST, with the distance of the blocks' outputs (SquareHead)",
+    "mixed-t1": "AST, a third of cross-entropy",
+    "reverse-t1": "AST, reverse divergence",
+    "forward-t2": "AST, temperature 2",
     "slorb-16-sum": "AST + SLoRB, k = 16, X a sum",
     "slorb-16": "AST + SLoRB, k = 16, X trained",
 }
-DEFAULTS = "b32 grad kl1 T1 lr2e-3"  # the arm of ast_settings_h100.json with the settings that are the defaults now
+
+
+LOST = 40.0  # a perplexity that no picture of what is worth having needs to show
 
 
 def ast_quantized() -> str:
@@ -274,13 +283,18 @@ def ast_quantized() -> str:
     found = json.loads((ROOT / "docs/benchmarks/ast_quantized_h100.json").read_text())
     lines = ["| kept values | pattern | tokens | valid | to dense | bits a weight | of FP32 |", "|---" * 7 + "|"]
     for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
-        grid = f"{arm['bits']} bits" + (", odd levels" if arm["levels"] == "odd" else "")
+        late = arm.get("quantize_from", 0.0)
+        grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
         to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
         lines.append(
             f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "
             f"| {bits:.2f} | {32 / bits:.1f} × smaller |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _grid(bits: int, levels: str) -> str:
+    return "3 levels" if levels == "ternary" else f"{'odd ' if levels == 'odd' else ''}{bits} bits"
 
 
 def front() -> str:
@@ -318,12 +332,15 @@ def _front() -> list[tuple[str, str, float, float]]:
     for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
         points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
     points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for arm in trained["arms"]:
-        kind = KINDS[1] if arm["pattern"] == "2:4" else KINDS[0]
-        grid = f"{'odd ' if arm['levels'] == 'odd' else ''}{arm['bits']} bits"
-        points.append(
-            (f"trained {grid}, {arm['tokens'] / 1e6:.0f} M", kind, 32 / arm["bits_per_weight"], arm["perplexity"])
-        )
+        if arm["perplexity"] < LOST:
+            key = (arm["pattern"], arm["bits"], arm["levels"], round(arm["tokens"] / 1e6))
+            best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
+    for (pattern, bits, levels, tokens), arm in best.items():
+        kind = KINDS[1] if pattern == "2:4" else KINDS[0]
+        title = f"trained {_grid(bits, levels)}, {tokens} M"
+        points.append((title, kind, 32 / arm["bits_per_weight"], arm["perplexity"]))
     return points
 
 
@@ -355,24 +372,27 @@ def decode_model() -> str:
 
 
 def ast_ablation() -> str:
-    """What each part of AST is worth, as in the paper's Table 4."""
-    folder = ROOT / "docs/benchmarks"
-    found, settings = (json.loads((folder / f"ast_{name}_h100.json").read_text()) for name in ("ablation", "settings"))
+    """What each part of AST is worth, as in the paper's Table 4; seeds of an arm are one row."""
+    found = json.loads((ROOT / "docs/benchmarks/ast_ablation_h100.json").read_text())
     dense = found["dense"]["valid"]["perplexity"]
-    arms = [(arm["arm"], arm["score"]["perplexity"], arm["metrics"]) for arm in found["arms"] if "failed" not in arm]
-    arms += [("adaptive", arm["valid"], arm["metrics"]) for arm in settings["arms"] if arm["name"] == DEFAULTS]
-    arms = [arm for arm in arms if arm[0] in ABLATION]
-    arms.sort(key=lambda arm: (arm[2]["tokens"] > 3e7, list(ABLATION).index(arm[0])))
+    rows: dict[tuple[bool, int], list[Any]] = {}
+    for arm in found["arms"]:
+        if arm["arm"] in ABLATION and "failed" not in arm:
+            place = (arm["metrics"]["tokens"] > 3e7, list(ABLATION).index(arm["arm"]))
+            rows.setdefault(place, []).append(arm)
     lines = [
-        "| | tokens | pattern | parameters beside it | valid | to dense | flipped |",
-        "|---|---|---|---|---|---|---|",
+        "| | tokens | pattern | parameters beside it | valid | seeds | to dense | flipped |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines.append(f"| dense | | | | {dense:.3f} | | |")
-    for name, score, metrics in arms:
-        count = metrics.get("branch_parameters")
+    lines.append(f"| dense | | | | {dense:.3f} | | | |")
+    for _, arms in sorted(rows.items()):
+        metrics, scores = arms[0]["metrics"], [arm["score"]["perplexity"] for arm in arms]
+        count, mean = metrics.get("branch_parameters"), statistics.fmean(scores)
         beside = f"{count:,} ({metrics['branch_share']:.2%} of the linears)" if count else ""
+        spread = f"{min(scores):.3f} to {max(scores):.3f}" if len(scores) > 1 else f"{scores[0]:.3f}"
         lines.append(
-            f"| {ABLATION[name]} | {metrics['tokens'] / 1e6:.1f} M | {'2:4+LR' if count else '2:4'} | {beside} "
-            f"| {score:.3f} | {score - dense:+.3f} | {metrics['initial_flip_rate']:.1%} |"
+            f"| {ABLATION[arms[0]['arm']]} | {metrics['tokens'] / 1e6:.1f} M | {'2:4+LR' if count else '2:4'} "
+            f"| {beside} | {mean:.3f}{f' ({spread})' if len(scores) > 1 else ''} | {len(scores)} | {mean - dense:+.3f} "
+            f"| {metrics['initial_flip_rate']:.1%} |"
         )
     return "\n".join(lines) + "\n"
