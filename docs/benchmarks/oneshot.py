@@ -6,7 +6,8 @@ Run from the repository's root; it needs torch for CUDA with Triton, transformer
 
 check  the gpu tests of the kernels
 solve  factor and sweep of every distinct input of a Llama-2-7B-shaped block, given its Gram matrices
-gram   accumulating a Gram matrix of 11008 inputs, time and error against float64
+gram   accumulating a block's Gram matrices, ours one for each of its 4 inputs, the recursion's one for each of its
+       7 linears; time, and error against float64
 mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
 block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, and after them, with --sparsegpt DIR and
        --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes, and with --recursion
@@ -147,31 +148,35 @@ def error(weight: Tensor, result: Tensor, gram: Gram) -> float:
 
 
 def gram() -> dict[str, Any]:
-    """Our accumulation and the recursion's, of 64 Ki tokens in bfloat16."""
-    columns, count = 11008, 65536
-    x = tokens(count, columns)
-    ours = Gram.empty(columns, CUDA)
-    theirs = Recursion(torch.empty(1, columns, device=CUDA))
+    """Our accumulation and the recursion's, of 64 Ki tokens in bfloat16 on their way through a block."""
+    count = 65536
+    inputs = [tokens(count, columns, seed) for seed, (_, columns) in enumerate(GROUPS.values())]
+    linears = [0, 0, 0, 1, 2, 2, 3]  # q, k, v, o, gate, up, down: which input each has
+    ours = [Gram.empty(x.shape[1], CUDA) for x in inputs]
+    theirs = [Recursion(torch.empty(1, inputs[which].shape[1], device=CUDA)) for which in linears]
 
     def one() -> None:
-        for part in x.split(16384):
-            ours.update(part)
+        for own, x in zip(ours, inputs, strict=True):
+            for part in x.split(16384):
+                own.update(part)
 
     def other() -> None:
-        for part in x.split(2048):
-            theirs.add(part)
+        for own, which in zip(theirs, linears, strict=True):
+            for part in inputs[which].split(2048):
+                own.add(part)
 
     row: dict[str, Any] = {"ours": timed(one, 3, 1), "recursion": timed(other, 1, 1)}
+    x = inputs[-1]
     few = slice(0, 512)  # columns whose sums are checked in float64
-    exact = torch.zeros(512, columns, dtype=torch.float64, device=CUDA)
+    exact = torch.zeros(512, x.shape[1], dtype=torch.float64, device=CUDA)
     for part in x.split(8192):
         exact += part[:, few].t().double() @ part.double()
-    ours, theirs = Gram.empty(columns, CUDA), Recursion(torch.empty(1, columns, device=CUDA))
+    ours[-1], theirs[-1] = Gram.empty(x.shape[1], CUDA), Recursion(torch.empty(1, x.shape[1], device=CUDA))
     one(), other()
     scale = exact.norm()
-    row["our_error"] = float((ours.sum[few].double() - exact).norm() / scale)
-    row["recursion_error"] = float((theirs.gram[few].double() * theirs.samples / 2 - exact).norm() / scale)
-    row["tflops"] = round(2 * count * columns**2 / row["ours"]["ms"] / 1e9, 1)
+    row["our_error"] = float((ours[-1].sum[few].double() - exact).norm() / scale)
+    row["recursion_error"] = float((theirs[-1].gram[few].double() * theirs[-1].samples / 2 - exact).norm() / scale)
+    row["tflops"] = round(sum(2 * count * x.shape[1] ** 2 for x in inputs) / row["ours"]["ms"] / 1e9, 1)
     row["ratio"] = round(row["recursion"]["ms"] / row["ours"]["ms"], 2)
     row["kernels"] = profiled(one)
     print(json.dumps(row, indent=1))
