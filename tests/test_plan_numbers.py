@@ -21,6 +21,7 @@ from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
+from sparsekit.planning.disk_model import checkpoint_bytes
 from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
@@ -238,6 +239,14 @@ def test_plan_and_dry_run_show_the_same_and_write_nothing(tmp_path, random_model
     assert data["seconds"] > 0
     assert data["disk"] > 0
     assert data["exports"]["dense"] == 4 * data["coverage"]["total"]
+
+
+@pytest.mark.parametrize(("every", "seconds", "kept"), [(None, 10.0, False), (None, 300.0, True), (5, 10.0, True)])
+def test_a_short_training_run_keeps_no_checkpoint(tmp_path, random_model, every, seconds, kept):
+    option = "" if every is None else f", checkpoint_every: {every}"
+    read = recipe(tmp_path, random_model, f'{{method: ast, pattern: "2:4", tokens: 1024, batch: 8{option}}}')
+    run = Run.open(read, Silent())
+    assert (checkpoint_bytes(sizes_of(run.view), run.plan.steps[0], seconds) > 0) is kept
 
 
 def test_a_missing_text_is_named(tmp_path, random_model):

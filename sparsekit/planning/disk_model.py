@@ -5,6 +5,7 @@ from __future__ import annotations
 from sparsekit.formats import FORMATS
 from sparsekit.models.shapes import ModelSizes
 from sparsekit.planning.plan import Plan, PlannedStep
+from sparsekit.training.loop import CHECKPOINT_SECONDS
 
 
 def block_bytes(sizes: ModelSizes, plan: Plan, planned: PlannedStep, index: int) -> int:
@@ -18,8 +19,10 @@ def block_bytes(sizes: ModelSizes, plan: Plan, planned: PlannedStep, index: int)
     return total
 
 
-def checkpoint_bytes(sizes: ModelSizes, planned: PlannedStep) -> int:
-    """The last checkpoint of a training run, and the one being written."""
+def checkpoint_bytes(sizes: ModelSizes, planned: PlannedStep, seconds: float) -> int:
+    """The last checkpoint of a training run, and the one being written; a run that is over before has none."""
+    if planned.arguments.get("checkpoint_every") is None and seconds < CHECKPOINT_SECONDS / 2:
+        return 0
     return 2 * sizes.numel * (14 if planned.arguments.get("states") == "float32" else 8)
 
 

@@ -139,7 +139,7 @@ class Estimator:
         device, host, seconds = self._train(planned, head) if model else self._walk(planned)
         count = len(self.sizes.blocks)
         disk = sum(block_bytes(self.sizes, self.plan, planned, index) for index in range(count))
-        kept = checkpoint_bytes(self.sizes, planned) if model else 0
+        kept = checkpoint_bytes(self.sizes, planned, seconds) if model else 0
         return {
             "title": planned.title,
             "method": method.name,
