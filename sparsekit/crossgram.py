@@ -67,6 +67,7 @@ class CrossGram(Gram):
     def _of(gram: Gram) -> CrossGram:
         other = CrossGram(len(gram.sum), gram.sum.device)
         other.tokens, other.ladder, other.sum, other.absolute = gram.tokens, gram.ladder, gram.sum, gram.absolute
+        other.packed = gram.packed
         return other
 
     def aimed(self, weight: Tensor, damp: float, share: float = 1.0) -> Tensor:

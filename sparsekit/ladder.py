@@ -32,6 +32,7 @@ from sparsekit.stats import DAMP_LADDER, Gram, Statistic
 Rung = Literal["none", "damping", "tokens", "columns", "diagonal"]
 RUNGS: tuple[Rung, ...] = get_args(Rung)
 T = TypeVar("T")
+PART = 2**26  # entries of a statistic that are looked at at a time: looking takes as much memory again
 
 UNREACHED = "no calibration token reached it; its inputs were taken as uncorrelated"
 _KINDS = {
@@ -136,8 +137,8 @@ class Ladder:
 
 def finite(statistic: Statistic) -> bool:
     """Whether every number of a statistic is finite."""
-    tensors = [value for value in vars(statistic).values() if isinstance(value, Tensor)]
-    return all(bool(torch.isfinite(value).all()) for value in tensors if value.is_floating_point())
+    tensors = [value for value in vars(statistic).values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return all(bool(torch.isfinite(part).all()) for value in tensors for part in torch.split(value.flatten(), PART))
 
 
 def check_finite(groups: Sequence[Sequence[str]], statistics: Sequence[Statistic]) -> None:

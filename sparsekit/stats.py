@@ -7,13 +7,14 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from sparsekit.errors import NumericsError, PluginError
+from sparsekit.errors import PluginError
 from sparsekit.pluginfile import named_failures
-from sparsekit.sweep.root import Root, root_in_place
+from sparsekit.quadratic import energy, mirror_
+from sparsekit.sweep.panels import root_in_panels
+from sparsekit.sweep.root import Root, reversed_factor, root_in_place
 
 CORE_TOKENS = 128  # tokens that tensor cores add up without rounding losses that show (kernels/products.py)
 PRODUCT_BYTES = 2**28  # of the partial sums that are held at a time
-PANEL = 2048  # columns of a Gram matrix that are copied, split or mirrored at a time
 DAMP_LADDER = (1, 3, 10, 30, 100)  # multiples of the asked damping, tried in this order
 
 
@@ -119,6 +120,7 @@ class Gram:
         self._upper = False  # only the upper triangle of the sum is up to date
         self.absolute = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.ladder: tuple[int, ...] = DAMP_LADDER  # multiples of the asked damping that may be used
+        self.packed = False  # the root takes 4 bytes an entry while it is computed, and 2 later
         self._factors: dict[tuple[float, bytes], tuple[Tensor, float]] = {}
         self._roots: dict[tuple[float, bytes], tuple[Root, float]] = {}
 
@@ -202,7 +204,7 @@ class Gram:
     def without(self, inputs: Tensor) -> Gram:
         """The same with the channels bool [in] uncorrelated and as large as the largest of the others."""
         other = Gram(len(self.sum), self.sum.device)
-        other.tokens, other.ladder = self.tokens, self.ladder
+        other.tokens, other.ladder, other.packed = self.tokens, self.ladder, self.packed
         other.sum = self.sum.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
         other.sum.diagonal().copy_(_levelled(self.sum.diagonal(), inputs))
         other.absolute = _levelled(self.absolute, inputs)
@@ -211,7 +213,7 @@ class Gram:
     def diagonal(self) -> Gram:
         """The same without its correlations; the unit matrix when no channel is finite."""
         other = Gram(len(self.sum), self.sum.device)
-        other.tokens, other.ladder = self.tokens, self.ladder
+        other.tokens, other.ladder, other.packed = self.tokens, self.ladder, self.packed
         if bool(self.broken.all()):
             other.sum.fill_diagonal_(self.tokens)
             other.absolute.fill_(self.tokens)
@@ -225,25 +227,10 @@ class Gram:
         return self.energies(weight)[0]
 
     def energies(self, *weights: Tensor) -> list[Tensor]:
-        """`energy` of some weights or changes, with one look at H.
-
-        On CUDA both factors are split into two bfloat16 parts, whose three larger products are exact
-        to 2⁻¹⁶ and several times faster there than one in float32.
-        """
+        """`energy` of some weights or changes, with one look at H."""
         if not self.sum.is_cuda:
             return [((weight @ self.matrix) * weight).sum() for weight in weights]
-        found = []
-        for weight in weights:
-            (high, low), total = _split(weight), torch.zeros((), device=weight.device)
-            for start in range(0, weight.shape[1], PANEL):  # a part of H at a time, so that no copy of it is held
-                columns = slice(start, start + PANEL)
-                matrix, rest = _split(self.sum[:, columns])
-                product = torch.mm(high, matrix, out_dtype=torch.float32)
-                product += torch.mm(low, matrix, out_dtype=torch.float32)
-                product += torch.mm(high, rest, out_dtype=torch.float32)
-                total += (product * weight[:, columns]).sum()
-            found.append(total / max(self.tokens, 1))
-        return found
+        return [energy(weight, self.sum) / max(self.tokens, 1) for weight in weights]
 
     def inverse_factor(self, damp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
         """Upper Cholesky factor U of the inverse of the damped Gram matrix, (H + damp·mean(diag H)·I)⁻¹ = UᵀU.
@@ -264,7 +251,7 @@ class Gram:
         """
         key = (damp, _order_key(order))
         if key not in self._factors:
-            lower, used = self._cholesky(damp, order)
+            lower, used = reversed_factor(self.sum, self.tokens, self.ladder, damp, order)
             eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
             self._factors[key] = inverse.flip(0, 1).float().contiguous(), used
@@ -275,79 +262,19 @@ class Gram:
 
         Arguments, damping and errors as in `inverse_factor`. Computed in float64, which on an H100
         takes no longer than float32 (17 ms for 11008 inputs); the inverse would take 46 ms more. There
-        it takes 12 bytes an entry besides the sum.
+        it takes 12 bytes an entry besides the sum, and 4 where the roots are to be `packed`.
         """
         key = (damp, _order_key(order))
         if key not in self._roots:
-            if self.sum.is_cuda:
+            if self.packed:
+                self._roots[key] = root_in_panels(self.sum, self.tokens, self.ladder, damp, order)
+            elif self.sum.is_cuda:
                 matrix, used = root_in_place(self.sum, self.tokens, self.ladder, damp, order)
+                self._roots[key] = Root(matrix), used
             else:
-                lower, used = self._cholesky(damp, order)
-                matrix = lower.flip(0, 1).float().contiguous()
-            self._roots[key] = Root(matrix), used
+                lower, used = reversed_factor(self.sum, self.tokens, self.ladder, damp, order)
+                self._roots[key] = Root(lower.flip(0, 1).float().contiguous()), used
         return self._roots[key]
-
-    def _cholesky(self, damp: float, order: Tensor | None) -> tuple[Tensor, float]:
-        """Lower Cholesky factor of the damped matrix with rows and columns reversed, float64, and the damping."""
-        if self.tokens == 0:
-            raise NumericsError("no calibration token reached this layer")
-        if not torch.isfinite(self.sum).all():
-            raise NumericsError("calibration activations are not finite (inf or NaN in the Gram matrix)")
-        matrix = self.matrix.double()
-        mean = matrix.diagonal().mean()
-        matrix.diagonal()[self.dead] = 1.0
-        if order is not None:
-            matrix = matrix[order][:, order]
-        matrix = matrix.flip(0, 1)
-        level = matrix.diagonal().clone()
-        for rung in self.ladder:
-            # an undamped singular matrix still needs a rung to climb
-            used = damp if rung == 1 else max(damp, 1e-4) * rung
-            matrix.diagonal().copy_(level + used * mean)
-            lower, failed = torch.linalg.cholesky_ex(matrix)
-            if int(failed) == 0:
-                return lower, float(used)
-        raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
-
-
-class Quadratic:
-    """d H dᵀ of many rows d; H is prepared once.
-
-    On CUDA, where a product in float32 takes many times that of bfloat16, H and d are split into two
-    bfloat16 parts each, and their three larger products are exact to 2⁻¹⁶.
-
-    Args:
-        matrix: H, float32 [in, in].
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self._matrix = matrix
-        self._narrow = _split(matrix) if matrix.is_cuda else None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[rows] of float32 rows [rows, in]."""
-        if self._narrow is None:
-            return ((rows @ self._matrix) * rows).sum(1)
-        (high, low), (matrix, rest) = _split(rows), self._narrow
-        product = torch.mm(high, matrix, out_dtype=torch.float32)
-        product += torch.mm(low, matrix, out_dtype=torch.float32)
-        product += torch.mm(high, rest, out_dtype=torch.float32)
-        return (product * rows).sum(1)
-
-
-def mirror_(matrix: Tensor) -> None:
-    """Copy what is above the diagonal below it, in place and a few columns at a time."""
-    for start in range(0, len(matrix), PANEL):
-        here, later = slice(start, start + PANEL), slice(start + PANEL, None)
-        own = matrix[here, here]
-        own.copy_(own.triu() + own.triu(1).t())
-        matrix[later, here] = matrix[here, later].t()
-
-
-def _split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is the float32 values to 2⁻¹⁶."""
-    high = values.bfloat16()
-    return high, (values - high).bfloat16()
 
 
 def _order_key(order: Tensor | None) -> bytes:

@@ -124,11 +124,13 @@ class Examined:
 
     Attributes:
         counts: float64 [8] in the order of `record`'s checks, on the layer's device.
+        base: 0-dim, what the last of them, the error, is relative to.
         proven: The record they belong to, as if nothing were wrong.
         groups_of: The pattern in words, for the message.
     """
 
     counts: Tensor
+    base: Tensor
     proven: LayerRecord
     groups_of: str
 
@@ -182,7 +184,7 @@ def examined(
     if after.branch is None and before.branch is not None:
         message = "the method dropped the low-rank branch; folded into the weight it would make it dense"
         raise MethodError(message, layer=before.name)
-    error, error_of = _relative_error(
+    error, base, error_of = _relative_error(
         before.effective, weight if after.branch is None else after.effective, statistic, input_scale
     )
     none = weight.new_zeros(())
@@ -190,7 +192,7 @@ def examined(
     counts = [
         (~torch.isfinite(weight)).any(),
         _mask_changed(before, after, weight) if kind == "quantize" else none,
-        none if after.branch is None else torch.stack([_infinite(value) for _, value in after.branch.tensors()]).any(),
+        none if after.branch is None else (~torch.stack([v.isfinite().all() for _, v in after.branch.tensors()])).any(),
         none if mask is None else (nonzero & ~mask).sum(),
         none if mask is None else (torch.signbit(weight) & ~mask).any(),
         none if pattern is None else pattern.count_violations(nonzero),
@@ -212,7 +214,23 @@ def examined(
         rungs=rungs_of(after.notes[len(before.notes) :]),
         branch_parameters=0 if after.branch is None else after.branch.parameters,
     )
-    return Examined(torch.stack([count.double() for count in counts]), proven, str(pattern))
+    return Examined(torch.stack([count.double() for count in counts]), base, proven, str(pattern))
+
+
+def of_rows(parts: Sequence[Examined]) -> Examined:
+    """The proof of a linear out of those of all its rows, a few in each."""
+    if len(parts) == 1:
+        return parts[0]
+    counts, records = torch.stack([part.counts for part in parts]), [part.proven for part in parts]
+    rows = counts.new_tensor([record.shape[0] for record in records])
+    bases = torch.stack([part.base for part in parts]).double()
+    found = counts.sum(0)
+    found[-2] = (counts[:, -2] * rows).sum() / rows.sum()
+    found[-1] = (counts[:, -1] * bases).sum() / bases.sum().clamp(min=1e-30)
+    shape = (sum(record.shape[0] for record in records), records[0].shape[1])
+    groups, seconds = sum(record.groups for record in records), sum(record.seconds for record in records)
+    whole = replace(records[0], shape=shape, groups=groups, seconds=seconds)
+    return Examined(found, bases.sum(), whole, parts[0].groups_of)
 
 
 def _check_form(before: LinearState, after: LinearState) -> None:
@@ -243,10 +261,6 @@ def labelled(pattern: Pattern | None, state: LinearState) -> str | None:
     return f"{pattern}+LR" if pattern else "LR"
 
 
-def _infinite(value: Tensor) -> Tensor:
-    return (~torch.isfinite(value)).any()
-
-
 def _mask_changed(before: LinearState, after: LinearState, weight: Tensor) -> Tensor:
     """Whether the mask a quantizer was given is another one now."""
     if before.mask is None:
@@ -267,17 +281,19 @@ def relative_error(
     Returns:
         tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - Q and "outputs", or |D|² / |W|² and "weights".
     """
-    error, of = _relative_error(before, after, statistic, input_scale)
+    error, _, of = _relative_error(before, after, statistic, input_scale)
     return float(error), of
 
 
 def _relative_error(
     before: Tensor, after: Tensor, statistic: Statistic | None, input_scale: Tensor | None
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, Tensor, str]:
+    """The error, what it is relative to, and of what."""
     if input_scale is not None:
         after = after / input_scale
     change = before - after
     if isinstance(statistic, Gram):
         lost, base = statistic.energies(change, before)
-        return lost / base.clamp(min=1e-30), "outputs"
-    return change.square().sum() / before.square().sum().clamp(min=1e-30), "weights"
+        return lost / base.clamp(min=1e-30), base, "outputs"
+    base = before.square().sum()
+    return change.square().sum() / base.clamp(min=1e-30), base, "weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -13,11 +14,13 @@ from layers import gram_of, inputs
 
 from sparsekit.blockwise import activations
 from sparsekit.blockwise.activations import Activations, on_device
+from sparsekit.blockwise.applying import Applying
 from sparsekit.blockwise.holding import HOLDINGS
-from sparsekit.blockwise.stacking import in_pieces
 from sparsekit.blockwise.walk import Walk
 from sparsekit.checkpoint import StepStore
 from sparsekit.cli import main
+from sparsekit.errors import PatternError
+from sparsekit.ladder import Ladder
 from sparsekit.models.shapes import BlockSizes, ModelSizes
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
@@ -25,6 +28,7 @@ from sparsekit.planning.memory_model import peak, walk_moments
 from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
 from sparsekit.stats import Gram
+from sparsekit.verify import concluded
 
 ARGUMENTS = {"sparsegpt": {}, "gptq": {"group_size": 8}, "awq": {"group_size": 8}, "wanda": {}}
 
@@ -57,22 +61,44 @@ def test_a_mode_changes_no_result(method, schedule, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "gptq"])
-def test_a_linear_in_pieces_is_the_linear(method):
+def test_a_linear_in_pieces_is_the_linear(method, monkeypatch):
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     state, gram = LinearState("a", weight).noted("before"), gram_of(inputs())
-    calls = []
+    chosen, calls = METHODS.get(method), []
 
-    def function(state, statistic, **arguments):
+    def guarded(self, state, statistic, **arguments):
         calls.append(len(state.source))
-        return METHODS.get(method).function(state, statistic, **arguments).noted("after")
+        return self.function(state, statistic, **arguments).noted("after")
 
-    whole = METHODS.get(method).function(state, gram, **ARGUMENTS[method])
-    found = in_pieces(function, 16 * 64, state, gram, **ARGUMENTS[method])
-    assert calls == [16, 16, 8]
-    assert found.notes == ("before", "after")
+    monkeypatch.setattr(type(chosen), "guarded", guarded)
+    patterns = {"a": Pattern(2, 4)} if method == "sparsegpt" else {}
+    applying = Applying(chosen, ARGUMENTS[method], torch.device("cpu"), patterns, {}, {}, Ladder())
+    (whole, proof), (found, other) = (next(applying.in_turn([state], gram, size)) for size in (None, 16 * 64))
+    assert calls == [40, 16, 16, 8]
+    assert found.notes == whole.notes == ("before", "after")
     torch.testing.assert_close(found.source, whole.source, rtol=1e-5, atol=1e-6)
     assert whole.mask is None or torch.equal(found.mask, whole.mask)
     assert whole.quantized is None or found.quantized.equal(whole.quantized)
+    (expected,), (record,) = concluded([proof]), concluded([other])
+    assert record.error == pytest.approx(expected.error, rel=1e-5)
+    assert record.sparsity == pytest.approx(expected.sparsity)
+    same = {"error": 0.0, "sparsity": 0.0, "seconds": 0.0}
+    assert replace(record, **same) == replace(expected, **same)
+
+
+def test_pieces_are_proved_one_by_one(monkeypatch):
+    state, gram = LinearState("a", torch.randn(8, 64)), gram_of(inputs())
+    chosen, calls = METHODS.get("sparsegpt"), []
+
+    def guarded(self, state, statistic, **arguments):
+        calls.append(state)
+        return state if len(calls) == 2 else self.function(state, statistic, **arguments)  # a piece stays dense
+
+    monkeypatch.setattr(type(chosen), "guarded", guarded)
+    applying = Applying(chosen, {}, torch.device("cpu"), {"a": Pattern(2, 4)}, {}, {}, Ladder())
+    ((_, proof),) = applying.in_turn([state], gram, 2 * 64)
+    with pytest.raises(PatternError, match="32 of 128 groups break the 2:4 pattern"):
+        concluded([proof])
 
 
 def test_what_each_mode_holds(monkeypatch):
@@ -92,13 +118,21 @@ def test_smaller_micro_batches(random_model):
         assert Activations.begin(view, tokens, small).micro_batch == 2
 
 
-@pytest.mark.parametrize(("mode", "most"), [("balanced", 5.5e9), ("low", 3.5e9)])
+SEVEN = (4096, 11008, 4096, 32000)  # width, inner width, width of keys, vocabulary
+SEVENTY = (8192, 28672, 1024, 128256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "most"),
+    [(SEVEN, "balanced", 4.4e9), (SEVEN, "low", 2.1e9), (SEVENTY, "balanced", 17.5e9), (SEVENTY, "low", 12.3e9)],
+)
 @pytest.mark.parametrize("in_order", [False, True])
-def test_seven_billion_parameters_are_predicted_to_fit(mode, most, in_order):
-    width, inner = 4096, 11008
-    linears = {**dict.fromkeys("qkvo", (width, width)), "g": (inner, width), "u": (inner, width), "d": (width, inner)}
+def test_large_models_are_predicted_to_fit(shape, mode, most, in_order):
+    width, inner, narrow, vocabulary = shape
+    linears = {**dict.fromkeys("qo", (width, width)), **dict.fromkeys("kv", (narrow, width))}
+    linears |= {"g": (inner, width), "u": (inner, width), "d": (width, inner)}
     block = BlockSizes(linears, [["q", "k", "v"], ["o"], ["g", "u"], ["d"]], 2 * width)
-    model = ModelSizes([block] * 32, 2 * 32000 * width, width, 32000, 2, 2, cuda=True)
+    model = ModelSizes([block] * 32, 2 * vocabulary * width, width, vocabulary, 2, 2, cuda=True)
     holding = HOLDINGS[mode]
     for method in ("sparsegpt", "gptq"):
         found = walk_moments(

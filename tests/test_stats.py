@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsekit import stats
+from sparsekit import quadratic
 from sparsekit.errors import NumericsError
-from sparsekit.stats import DAMP_LADDER, Gram, InputNorm, mirror_
+from sparsekit.stats import DAMP_LADDER, Gram, InputNorm
+from sparsekit.sweep.panels import root_in_panels
 from sparsekit.sweep.root import root_in_place
 
 CPU = torch.device("cpu")
@@ -156,9 +157,55 @@ def test_the_root_in_place_refuses_what_the_other_refuses():
         root_in_place(gram.sum, gram.tokens, gram.ladder, 0.01, None)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("count", [200, 10])
+@pytest.mark.parametrize("width", [5, 8, 24])
+def test_the_root_in_panels_is_the_root(ordered, count, width):
+    x = tokens(count)
+    x[:, 3] = 0
+    gram = collected(Gram, x)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1)) if ordered else None
+    before = gram.sum.clone()
+    blocks = [(0, 7), (7, 14), (14, 20), (20, 24)]
+    for damp in (0.01, 0.0):  # 10 tokens need a rung of the ladder then
+        expected, used = gram.root(damp, order)
+        root, found = root_in_panels(gram.sum, gram.tokens, gram.ladder, damp, order, width)
+        torch.testing.assert_close(root.matrix, expected.matrix, rtol=2e-7, atol=2e-7)
+        assert found == used
+        for start, inverse in root.inverses(blocks).items():
+            torch.testing.assert_close(inverse, expected.inverses(blocks)[start], rtol=1e-6, atol=1e-6)
+        for start, stop in blocks:
+            (first, whole), *none = (
+                expected.right_of(start, stop) if stop < 24 else [(24, torch.empty(stop - start, 0))]
+            )
+            assert first == stop and not none
+            parts = list(root.right_of(start, stop))
+            assert torch.allclose(torch.cat([part for _, part in parts] or [whole], dim=1), whole, rtol=2e-7, atol=2e-7)
+            assert [at for at, _ in parts][:1] in ([stop], [])
+    assert torch.equal(gram.sum, before)
+
+
+def test_the_root_in_panels_refuses_what_the_other_refuses():
+    gram = collected(Gram, tokens())
+    with pytest.raises(NumericsError, match="no calibration token"):
+        root_in_panels(gram.sum, 0, gram.ladder, 0.01, None)
+    with pytest.raises(NumericsError, match=r"not positive definite even with damping 0\.01"):
+        root_in_panels(-gram.sum, gram.tokens, DAMP_LADDER[:1], 0.01, None, 8)
+    gram.update(torch.full((1, 24), torch.inf))
+    with pytest.raises(NumericsError, match="not finite"):
+        root_in_panels(gram.sum, gram.tokens, gram.ladder, 0.01, None)
+
+
+def test_packed_statistics_say_so_to_what_is_made_of_them():
+    gram = collected(Gram, tokens())
+    gram.packed = True
+    assert gram.diagonal().packed and gram.without(torch.zeros(24, dtype=torch.bool)).packed
+    torch.testing.assert_close(gram.root(0.01)[0].matrix, collected(Gram, tokens()).root(0.01)[0].matrix)
+
+
 def test_mirror(monkeypatch):
-    monkeypatch.setattr(stats, "PANEL", 7)
+    monkeypatch.setattr(quadratic, "PANEL", 7)
     matrix = torch.randn(30, 30, generator=torch.Generator().manual_seed(0))
     found = matrix.clone()
-    mirror_(found)
+    quadratic.mirror_(found)
     assert torch.equal(found, matrix.triu() + matrix.triu(1).t())

@@ -4,9 +4,11 @@ No mode changes what is computed beyond rounding, so a run may go on under anoth
 
 - `auto`, the default, holds as much on the device as a share of its free memory allows.
 - `fast` holds the hidden states of all windows there, however many they are.
-- `balanced` does so too, and saves elsewhere: a block's values are on the device one linear at a time, weights
-  are solved a few rows at a time, linears with one input one after another, and no micro-batch waits.
-- `low` saves in the same way and holds the hidden states on the host, with smaller micro-batches.
+- `balanced` does so too, and saves elsewhere: a block's values are on the device a few rows of a linear at a time,
+  linears with one input are solved one after another, factors of Gram matrices are packed into triangles,
+  micro-batches are smaller, and none waits.
+- `low` saves in the same way, holds the hidden states on the host, and has a block leave the device while a group is
+  compressed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ class Holding:
         blocks: A block's values are on the device as a whole, and linears with one input solved as one.
         weights: Of a linear that are solved at a time, where its rows do not mind; None for all.
         tokens: Of a micro-batch at most; None for what fills the device.
+        packed: The factor of a Gram matrix is computed and kept as a triangle.
+        leaves: A block leaves the device while one of its groups is compressed.
     """
 
     hidden: Literal["device", "host"] | None = None
@@ -34,11 +38,13 @@ class Holding:
     blocks: bool = True
     weights: int | None = None
     tokens: int | None = None
+    packed: bool = False
+    leaves: bool = False
 
 
 HOLDINGS: dict[Memory, Holding] = {
     "auto": Holding(),
     "fast": Holding(hidden="device"),
-    "balanced": Holding(hidden="device", waits=False, blocks=False, weights=2**23),
-    "low": Holding(hidden="host", waits=False, blocks=False, weights=2**23, tokens=8192),
+    "balanced": Holding(hidden="device", waits=False, blocks=False, weights=2**23, tokens=8192, packed=True),
+    "low": Holding("host", waits=False, blocks=False, weights=2**23, tokens=8192, packed=True, leaves=True),
 }

@@ -7,7 +7,7 @@ alone, if they are handed over as one linear: a sweep waits for its columns, not
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,10 +50,14 @@ def stackable(states: Sequence[LinearState], free: int) -> bool:
         states: Linears with one input, on one device.
         free: Bytes of device memory that are free.
     """
-    plain = all(s.quantized is None and s.dense is None and s.branch is None for s in states)
     masked = {state.mask is None for state in states}
     size = sum(state.source.numel() for state in states)
-    return len(states) > 1 and plain and len(masked) == 1 and size * STACK_BYTES <= STACK_SHARE * free
+    return (
+        len(states) > 1
+        and all(plain(s) for s in states)
+        and len(masked) == 1
+        and size * STACK_BYTES <= STACK_SHARE * free
+    )
 
 
 def stacked(states: Sequence[LinearState]) -> LinearState:
@@ -83,42 +87,37 @@ def parted(whole: LinearState, states: Sequence[LinearState]) -> Iterator[Linear
         start = stop
 
 
-def in_pieces(
-    function: Callable[..., LinearState],
-    weights: int,
-    state: LinearState,
-    statistic: Statistic,
-    **arguments: Any,
-) -> LinearState:
-    """A method that works by rows, on a few rows at a time.
+def plain(state: LinearState) -> bool:
+    """Whether a linear is its values and a mask, and nothing else."""
+    return state.quantized is None and state.dense is None and state.branch is None
 
-    Args:
-        function: The method.
-        weights: At a time.
-        state: The linear.
-        statistic: Of its inputs.
-        arguments: Of the method.
-    """
-    rows = max(1, weights // state.source.shape[1])
-    plain = state.quantized is None and state.dense is None and state.branch is None
-    if rows >= len(state.source) or not plain:
-        return function(state, statistic, **arguments)
-    found = []
+
+def pieces(state: LinearState, weights: int | None) -> Iterator[LinearState]:
+    """A plain linear a few rows at a time, not copied; as it is where `weights`, at a time, are None or all of them."""
+    rows = len(state.source) if weights is None else max(1, weights // state.source.shape[1])
+    if rows >= len(state.source):
+        yield state
+        return
     for start in range(0, len(state.source), rows):
         here = slice(start, start + rows)
-        mask = None if state.mask is None else state.mask[here]
-        found.append(function(replace(state, source=state.source[here], mask=mask, notes=()), statistic, **arguments))
-    first, quantized = found[0], found[0].quantized
+        yield replace(state, source=state.source[here], mask=None if state.mask is None else state.mask[here])
+
+
+def joined(state: LinearState, parts: Sequence[LinearState]) -> LinearState:
+    """What a method has made of a linear out of what it has made of its rows; the first part's notes hold for all."""
+    first, quantized = parts[0], parts[0].quantized
+    if len(parts) == 1:
+        return first
     if quantized is not None:
-        parts = [each.quantized for each in found if each.quantized is not None]
-        codes, scale, zero = (torch.cat([getattr(part, key) for part in parts]) for key in ("codes", "scale", "zero"))
+        rows = [each.quantized for each in parts if each.quantized is not None]
+        codes, scale, zero = (torch.cat([getattr(part, key) for part in rows]) for key in ("codes", "scale", "zero"))
         quantized = replace(quantized, codes=codes, scale=scale, zero=zero)
     return replace(
         state,
-        source=torch.cat([each.source for each in found]),
-        mask=None if first.mask is None else torch.cat([each.mask for each in found if each.mask is not None]),
+        source=torch.cat([each.source for each in parts]),
+        mask=None if first.mask is None else torch.cat([each.mask for each in parts if each.mask is not None]),
         quantized=quantized,
-        notes=(*state.notes, *first.notes),
+        notes=first.notes,
     )
 
 

@@ -6,34 +6,32 @@ replayed forward-only, so a killed walk continues where it stopped, bit-identica
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsekit.blockwise.activations import Activations
+from sparsekit.blockwise.applying import Applying, naming
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain
 from sparsekit.blockwise.pairing import PairedActivations
-from sparsekit.blockwise.stacking import at_once, in_pieces, placed, sent
+from sparsekit.blockwise.stacking import placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import HOST, BlockState, StepStore
 from sparsekit.crossgram import Paired
-from sparsekit.errors import MethodError, PluginError
-from sparsekit.ladder import UNREACHED, Ladder
+from sparsekit.errors import MethodError
+from sparsekit.ladder import Ladder
 from sparsekit.models.groups import Producer
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.pluginfile import named_failures
 from sparsekit.registry import Method
-from sparsekit.state import Group, LinearState
-from sparsekit.stats import Statistic, added
-from sparsekit.verify import Examined, LayerRecord, as_json, concluded, examined, same_group
+from sparsekit.state import Group
+from sparsekit.stats import Gram, Statistic
+from sparsekit.verify import Examined, LayerRecord, as_json, concluded
 
 
 @dataclass(slots=True)
@@ -73,9 +71,15 @@ class Walk:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ladder: Ladder = field(default_factory=Ladder)
     holding: Holding = HOLDINGS["auto"]
-    _mended: dict[str, tuple[str, ...]] = field(default_factory=dict)  # notes by layer
+    _applying: Applying = field(init=False)
     _examined: list[Examined] = field(default_factory=list)
     _records: list[LayerRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """What is known of the method's calls goes where they are made."""
+        self._applying = Applying(
+            self.method, self.arguments, self.view.device, self.patterns, self.allotted, self.overrides, self.ladder
+        )
 
     def run(self) -> None:
         """Walk all blocks; blocks committed earlier are only replayed.
@@ -166,9 +170,11 @@ class Walk:
     def _finite(self, group: Sequence[str], statistic: Statistic, again: Callable[[], Statistic]) -> Statistic:
         """A statistic as the ladder leaves it; what was done is noted on the group's layers later."""
         told = f"statistic {self._kind.__name__}"
-        with _naming(", ".join(group)), named_failures(told, self._kind):
+        if isinstance(statistic, Gram):
+            statistic.packed = self.holding.packed
+        with naming(", ".join(group)), named_failures(told, self._kind):
             statistic, notes = self.ladder.mend(statistic, again)
-        self._mended |= dict.fromkeys(group, notes)
+        self._applying.mended |= dict.fromkeys(group, notes)
         return statistic
 
     def _groups_in_order(
@@ -182,7 +188,8 @@ class Walk:
             nonlocal result
             chosen = [name for name in groups[number] if name in self.selected]
             result = self._each(result, chosen, statistic)
-            self.view.materialise(index, BlockState({name: result.linears[name] for name in chosen}))
+            if not self.holding.leaves:
+                self.view.materialise(index, BlockState({name: result.linears[name] for name in chosen}))
 
         def mend_and_settle(number: int, found: Statistic) -> None:
             settle(number, self._finite(groups[number], found, _one_look))
@@ -193,8 +200,12 @@ class Walk:
         self.view.materialise(index, block)
         result = block
         for number, group in enumerate(groups):
-            (statistic,) = self._collected(index, [group], stream)
-            settle(number, statistic)
+            if number and self.holding.leaves:  # it left for the group before
+                self.view.materialise(index, result)
+            statistics = self._collected(index, [group], stream)
+            if self.holding.leaves:
+                self.view.release(index)
+            settle(number, statistics.pop())  # nothing else holds it, so that it goes before the next one comes
         return result
 
     def _groups_backwards(
@@ -211,66 +222,15 @@ class Walk:
 
     def _each(self, block: BlockState, names: Sequence[str], statistic: Statistic | None) -> BlockState:
         """Apply a linear-scope method to the named linears of a block, which share an input."""
-        linears = dict(block.linears)
-        for before, after, seconds in self._results(block, names, statistic):
-            linears[before.name] = self._put(self._proved(before, after, statistic, None, seconds))
-        return BlockState(linears, block.params)
-
-    def _results(
-        self, block: BlockState, names: Sequence[str], statistic: Statistic | None
-    ) -> Iterator[tuple[LinearState, LinearState, float]]:
-        """Every linear before and after, and its seconds; solved as one where that is to be held and can be done."""
+        linears, states = dict(block.linears), [block.linears[name] for name in names]
         if self.holding.blocks:
-            given = [sent(block.linears[name], self.view.device) for name in names]
-            states = [self._mended_state(state) for state in given]
-            together = at_once(self.method, states, [self._arguments(state) for state in states], statistic)
-            if together is not None:
-                yield from ((before, *after) for before, after in zip(given, together, strict=True))
-                return
-        for name in names:
-            before = sent(block.linears[name], self.view.device)
-            yield before, *self._one(before, statistic)
-
-    def _put(self, state: LinearState) -> LinearState:
-        """A result where the block's states are until they are committed."""
-        return state if self.holding.blocks else sent(state, HOST)
-
-    def _one(self, given: LinearState, statistic: Statistic | None) -> tuple[LinearState, float]:
-        """The method on one linear, and its seconds."""
-        start = time.perf_counter()
-        with _naming(given.name):
-            result: LinearState = self._called(given, statistic)
-        return result, time.perf_counter() - start
-
-    def _arguments(self, given: LinearState | Group) -> Mapping[str, Any]:
-        """The arguments of the method for a layer or a group."""
-        arguments = self.arguments
-        if isinstance(given, LinearState) and given.name in self.allotted:
-            arguments = {**arguments, "pattern": self.allotted[given.name]}
-        for name in [given.name] if isinstance(given, LinearState) else given.linears:
-            arguments = {**arguments, **self.overrides.get(name, {})}
-        return arguments
-
-    def _called(self, given: LinearState | Group, statistic: Statistic | None) -> Any:
-        arguments = self._arguments(given)
-        if statistic is None:
-            return self.method.guarded(given, **arguments)
-        if statistic.tokens == 0:  # an expert the router never chose
-            width = next(iter(given.linears.values())) if isinstance(given, Group) else given
-            added(statistic, torch.eye(width.source.shape[1], device=self.view.device))
-            given = _noted(given, UNREACHED)
-        if isinstance(given, Group):
-            given = given.with_linears({n: self._mended_state(s) for n, s in given.linears.items()})
+            results = self._applying.linears(states, statistic)
         else:
-            given = self._mended_state(given)
-        call = partial(self.method.guarded, **arguments)
-        if self.holding.weights is not None and isinstance(given, LinearState) and self.method.by_rows(arguments):
-            call = partial(in_pieces, self.method.guarded, self.holding.weights, **arguments)
-        return self.ladder.apply(call, given, partial(_noted, given), statistic)
-
-    def _mended_state(self, state: LinearState) -> LinearState:
-        """The state with the notes of its statistic."""
-        return state.noted(*self._mended.get(state.name, ()))
+            results = self._applying.in_turn(states, statistic, self.holding.weights)
+        for name, (after, proof) in zip(names, results, strict=True):
+            linears[name] = after
+            self._examined.append(proof)
+        return BlockState(linears, block.params)
 
     def _group(
         self, block: BlockState, names: Sequence[str], chosen: Sequence[str], producer: Producer | str, stat: Statistic
@@ -283,26 +243,15 @@ class Walk:
         group = Group(given, why=why)
         if not why and isinstance(producer, Producer):
             group = replace(group, tie=producer.tie, untie=producer.untie)
-        start = time.perf_counter()
-        with _naming(", ".join(chosen)):
-            result = same_group(self._called(group, stat), given)
-        seconds = time.perf_counter() - start
-        linears = {
-            name: self._put(self._proved(given[name], state, stat, result.input_scale, seconds))
-            for name, state in result.linears.items()
-        }
+        result, seconds = self._applying.group(group, stat)
+        linears = {}
+        for name, state in result.linears.items():
+            self._examined.append(self._applying.proof(given[name], state, stat, seconds, result.input_scale))
+            linears[name] = state if self.holding.blocks else sent(state, HOST)
         block = BlockState({**block.linears, **linears}, block.params)
         if result.input_scale is not None and isinstance(producer, Producer):
             block = producer.fold(block, result.input_scale.to(next(iter(linears.values())).source.device))
         return block
-
-    def _proved(
-        self, before: LinearState, after: LinearState, stat: Statistic | None, scale: Tensor | None, seconds: float
-    ) -> LinearState:
-        """Examine one result; whether it holds is read with the others of the block."""
-        pattern = self.patterns.get(before.name)
-        self._examined.append(examined(before, after, self.method.kind, pattern, stat, scale, seconds))
-        return after
 
 
 @contextmanager
@@ -315,25 +264,6 @@ def resident(view: ModelView, index: int, block: BlockState) -> Iterator[None]:
         view.release(index)
 
 
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Give an error of a method, which knows no names, the layer's name."""
-    try:
-        yield
-    except MethodError as error:
-        if error.layer is None:
-            raise type(error)(str(error), layer=layer) from error
-        raise
-    except PluginError as error:
-        raise PluginError(f"{layer}: {error}") from error
-
-
 def _one_look() -> Statistic:
     """In the forward that stops at each group no token passes twice; the ladder needs one forward for each."""
     raise CalledAgain
-
-
-def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
-    if isinstance(given, Group):
-        return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
-    return given.noted(note)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sparsekit.errors import NumericsError
 from sparsekit.methods.rtn import Bits
+from sparsekit.quadratic import Quadratic
 from sparsekit.quant import Grid, QuantizedWeight, resolve_group_size
 from sparsekit.registry import group_method
 from sparsekit.state import Group, LinearState
-from sparsekit.stats import Gram, Quadratic
+from sparsekit.stats import Gram
 
 CLIP_STEPS = 10  # ranges shrunk by 1 - i/20 for i < 10, llm-awq auto_clip.py
 CLIP_GRID = 20

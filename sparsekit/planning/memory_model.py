@@ -23,13 +23,17 @@ from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.kernels.oneshot import WIDE
 from sparsekit.models.shapes import BlockSizes, ModelSizes
-from sparsekit.stats import CORE_TOKENS, PANEL, PRODUCT_BYTES, Gram, InputNorm
+from sparsekit.quadratic import PANEL
+from sparsekit.stats import CORE_TOKENS, PRODUCT_BYTES, Gram, InputNorm
+from sparsekit.sweep.panels import WIDTH
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
 # Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
 # float64, the float32 result. CUDA takes the root: the matrix in sweep order, and in float64 the factor over it.
 FACTOR = {"cpu": 40, "cuda": 12}
 FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
+PACKED = (4, 2)  # both, of a root in panels; besides them some panels: as gathered, in float64, divided
+PANELS = 20  # bytes an entry of a panel
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
 SENT = 4  # bytes a weight of a block's linears on CUDA, where they are from the start
@@ -179,7 +183,7 @@ def walk_moments(
             states = [Part("values of its linears", "4B", SENT * linear)]
             became = [Part("what it has become so far", "5B", RESULT * linear)]
         if kind is not None:
-            running = [*held, *states, weights, statistics]
+            running = [*held, *states, weights]
             forward = forward_temporaries(model, block, tokens, buffered=on_device)
             before = sum(block.linears[group[0]][1] for group in block.groups[: widest_of(block)[0]])
             kept = Part("inputs of the groups before, to tell groups", "T · ins · c", tokens * before * c)
@@ -187,9 +191,9 @@ def walk_moments(
             streams = (2 if on_device else 3) * model.width
             adding = max((streams + n) * c * tokens + update_temporaries(model, kind, n, tokens) for n in inputs)
             update = Part("adding to a statistic", "T · (2d + n) · c, and the products of a Gram matrix", adding)
-            moments.append(Moment("collecting", [*running, update]))
-        resident = [*states, *([weights] if in_order or grouped else [])]
-        resident += became
+            moments.append(Moment("collecting", [*running, statistics, update]))
+        loaded = grouped or (in_order and not holding.leaves)
+        resident = [*states, *([weights] if loaded else []), *became]
         for name, parts in _solving(model, block, method, kind, holding):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
@@ -216,33 +220,35 @@ def _calibration(
 def _solving(
     model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None, holding: Holding
 ) -> list[tuple[str, list[Part]]]:
-    """What a method holds while it works on the linears of a block."""
-    found, kept = list[tuple[str, list[Part]]](), 0
+    """What a method holds while it works on the linears of a block; what is of a group goes when it is done."""
+    found = list[tuple[str, list[Part]]]()
     solves = kind is Gram and method in ("gptq", "sparsegpt")
     for group in block.groups:
         n = block.linears[group[0]][1]
-        factors = Part("factors of earlier groups", "Σ 4n²", kept)
-        if solves:
-            each = FACTOR["cuda" if model.cuda else "cpu"]
-            found.append(("factoring", [factors, Part("factor in float64", f"{each}n²", each * n * n)]))
-            kept += FACTOR_KEPT * n * n
+        factor, kept, formula = _factor(n, model.cuda, holding) if solves else (0, 0, "0")
+        found.append(("factoring", [Part("factor in float64", formula, factor)]))
         rows = [block.linears[name][0] for name in group]
         size = max(rows) * n
+        if solves and holding.weights is not None:
+            size = min(size, holding.weights)
         stack = sum(rows) * n if solves and model.cuda and holding.blocks else size  # swept as one, or one by one
-        pieces = stack if holding.weights is None or not solves else min(stack, holding.weights)
-        whole = 0 if pieces == stack else 14 * stack  # the linear before, and what its pieces have become
-        own = Part("factors", "Σ 4n²", kept)
+        own = Part("its factor", "2n² packed, else 4n²", kept)
         each = SWEEP.get(method, SCORE)
-        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * pieces + whole)]))
+        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
         # CUDA: some columns of H, both parts of them and a product
         matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram) else 0
-        error = Part(
-            "error of one linear",
-            f"{VERIFY}N + a Gram matrix",
-            VERIFY * size + matrix,
-        )
+        error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
         found.append(("verifying", [own, error]))
     return found
+
+
+def _factor(n: int, cuda: bool, holding: Holding) -> tuple[int, int, str]:
+    """Bytes of a factor of n inputs while it is computed and later, and the formula."""
+    if cuda and holding.packed:
+        both = [each * n * (n + min(n, WIDTH)) for each in PACKED]
+        return both[0] + PANELS * n * min(n, WIDTH), both[1], f"{PACKED[0]}n² and panels of {WIDTH}"
+    each = FACTOR["cuda" if cuda else "cpu"]
+    return each * n * n, FACTOR_KEPT * n * n, f"{each}n²"
 
 
 def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement: bool) -> list[Moment]:

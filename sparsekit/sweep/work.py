@@ -81,7 +81,8 @@ class Work:
             propagate(self.weight, self.factor, self.error, start, stop, self.columns)
         elif stop < self.columns:
             change = self._given[start:stop] - self.weight[start:stop]
-            self._moved[stop:].addmm_(self.factor.matrix[start:stop, stop:].t(), change)
+            for first, values in self.factor.right_of(start, stop):
+                self._moved[first : first + values.shape[1]].addmm_(values.t(), change)
 
     def choose(self, pattern: Pattern, start: int, stop: int) -> None:
         """Choose the unstructured mask of a block; the counts of all blocks add up to the exact one."""

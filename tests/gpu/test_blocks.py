@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.blockwise.stacking import at_once
 from sparsekit.blockwise.streaming import Ahead, Behind
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.pattern import Pattern
+from sparsekit.planning.memory_model import _factor
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.registry import METHODS
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram
+from sparsekit.sweep.obs import sweep
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -82,6 +85,30 @@ def test_root_and_energies_are_those_of_the_host():
     weights = [torch.randn(64, 3000, generator=generator, device=CUDA) / scale for scale in (1, 30)]
     found = [float(value) for value in gram.energies(*weights)]
     assert found == pytest.approx([float(host.energy(weight.cpu())) for weight in weights], rel=1e-3)
+
+
+def test_a_packed_root_is_the_root_and_takes_the_memory_it_is_planned_to():
+    generator = torch.Generator(CUDA).manual_seed(0)
+    gram = Gram.empty(6000, CUDA)
+    gram.update(torch.randn(9000, 6000, generator=generator, device=CUDA).bfloat16())
+    order = torch.randperm(6000, generator=generator, device=CUDA)
+    expected, used = gram.root(0.01, order)
+    weight = torch.randn(256, 6000, generator=generator, device=CUDA)
+    whole = sweep(weight, expected, pattern=Pattern(2, 4))
+    gram.packed = True
+    gram._roots.clear()
+    del expected
+    assert gram.sum.is_cuda  # mirrored before anything is measured
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    root, damping = gram.root(0.01, order)
+    taken, kept, _ = _factor(6000, True, HOLDINGS["low"])
+    assert torch.cuda.max_memory_allocated() - resting == pytest.approx(taken, rel=0.25)
+    assert torch.cuda.memory_allocated() - resting == pytest.approx(kept, rel=0.1)
+    assert damping == used
+    found = sweep(weight, root, pattern=Pattern(2, 4))
+    assert float((found.keep == whole.keep).float().mean()) > 0.9999
+    assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-4)
 
 
 def test_awq_chooses_what_it_chooses_on_the_host():

@@ -72,6 +72,20 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide, step):
     assert told["bytes"] == pytest.approx(result["peak_memory"], rel=0.2), told
 
 
+@pytest.mark.parametrize("schedule", ["block", "group"])
+@pytest.mark.parametrize("mode", ["balanced", "low"])
+def test_peak_memory_of_a_mode_is_within_a_fifth(tmp_path, wide, mode, schedule):
+    step = f"{{method: gptq, bits: 4, group_size: 128, schedule: {schedule}}}"
+    given = recipe(tmp_path, wide, step)
+    read = given.model_copy(update={"model": given.model.model_copy(update={"memory": mode})})
+    told = Estimator.open(read).all()["steps"][0]["device"]
+    run = Run.open(read, Silent())
+    (planned,) = run.plan.steps
+    store = StepStore(tmp_path / "s", run.view.dtype)
+    result = measured(run.view.device, lambda: run.work.apply(planned, Chain(run.view), store))
+    assert told["bytes"] == pytest.approx(result["peak_memory"], rel=0.2), told
+
+
 def test_semi_structured_tensors_compute_the_same_and_are_put_back(tmp_path, wide):
     run = Run.open(recipe(tmp_path, wide, '{method: magnitude, pattern: "2:4"}'), Silent())
     (planned,) = run.plan.steps
