@@ -1,0 +1,269 @@
+"""The figures of the docs, from the raw ones in docs/benchmarks: cog runs these functions inside the Markdown files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from sparsekit.reporting.svg import Axes, Point, Series, scatter_chart
+
+ROOT = Path(__file__).parents[1]
+PLUGIN_FIGURES = ("plugins_h100.json", "plugins_cpu.json")  # the best first
+KINDS = ("every weight kept", "2:4")
+ABLATION = {  # arm of recipes/ast: what it is
+    "fixed-ce": "the first mask for good, cross-entropy alone (naive training)",
+    "adaptive-ce": "AST without distillation",
+    "fixed-kd": "the first mask for good, distillation",
+    "static": "AST, decay at its plateau from the first step (static SR-STE)",
+    "adaptive": "AST",
+    "lr-3e-3": "AST, lr 3e-3",
+    "floor-0": "AST, the rate falls to 0",
+    "squarehead": "AST, with the distance of the blocks' outputs (SquareHead)",
+    "mixed-t1": "AST, a third of cross-entropy",
+    "reverse-t1": "AST, reverse divergence",
+    "forward-t2": "AST, temperature 2",
+    "slorb-16-sum": "AST + SLoRB, k = 16, X a sum",
+    "slorb-16": "AST + SLoRB, k = 16, X trained",
+}
+COSTS = {
+    "ast": "AST",
+    "ast_int4": "AST, bits: 4",
+    "ast_odd2": "AST, bits: 2, odd levels",
+    "ast_lean": "AST, lean memory",
+}
+SHAPES = {"base": "models/base, 131,072 tokens a step", "1b": "a Llama of 1.2 B, 16,384 tokens a step"}
+LOST = 40.0  # a perplexity that no picture of what is worth having needs to show
+
+
+def _benchmark() -> Any:
+    """The script of the comparison, which knows how to read its results."""
+    spec = importlib.util.spec_from_file_location("plugins_benchmark", ROOT / "docs/benchmarks/plugins.py")
+    assert spec is not None and spec.loader is not None  # it is a Python file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plugin_figures() -> str:
+    """The tables of every comparison of the plugins: on CUDA if it was run there."""
+    files = [path for name in PLUGIN_FIGURES if (path := ROOT / "docs/benchmarks" / name).exists()]
+    newest: dict[str, dict[str, Any]] = {}
+    for path in files:
+        for result in json.loads(path.read_text()):
+            newest.setdefault(result["comparison"], result)
+    parts = []
+    for result in newest.values():
+        sparsity = "sparsity 0.7 without positions" if result["comparison"] == "70" else "2:4"
+        windows = "all" if result["windows"] == "all" else f"{result['windows']} (seed 0)"
+        device = result["environment"]["device"]
+        protocol = f"models/base to {sparsity}, {result['calibration']} calibration windows of 1024 tokens"
+        recipe = f"`recipes/plugins/{result['recipe']}.yaml`"
+        table = _benchmark().table(result)
+        parts.append(f"{protocol}, {windows} windows of the valid text, on {device}; {recipe}.\n\n{table}\n")
+        parts.append(_better(result))
+    return "\n".join(parts) or "Not measured yet; `docs/benchmarks/plugins.py` runs the comparison.\n"
+
+
+def _better(result: dict[str, Any]) -> str:
+    """The arms whose interval lies below SparseGPT, in a sentence."""
+    changes = sorted(_benchmark().against_sparsegpt(result).items(), key=lambda item: item[1].value)
+    certain = [(name, change) for name, change in changes if change.high is not None and change.high < 0]
+    better = [f"`{name}` ({change.value:+.1%})" for name, change in certain]
+    return f"Better than SparseGPT here, with the whole 95 % interval: {', '.join(better) or 'none'}.\n"
+
+
+def _interop() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "docs/benchmarks/interop.json").read_text())
+    return found
+
+
+def interop(expected: str) -> str:
+    """What the readers of tests/interop answered; `expected` is "reads", "opens" or "refuses"."""
+    rows = [row for row in _interop()["rows"] if row["expected"] == expected]
+    if expected == "refuses":
+        errors = {row["environment"]: row["error"].split(" Must be one of")[0].replace("|", "\\|") for row in rows}
+        table = [f"| {name} | {error.replace(str(ROOT), '')} |" for name, error in errors.items()]
+        return "\n".join(["| reader | how it ends |", "|---|---|", *table]) + "\n"
+    heading = "| model | format | software | off by | of a largest logit of | its perplexity | sparsekit's |"
+    lines = [heading, "|---" * 7 + "|"]
+    for row in rows:
+        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items() if name != "torch")
+        grid = "" if row.get("symmetric", True) else ", asymmetric"
+        form = row["format"] + grid
+        theirs, ours = row["perplexity"], row["reference_perplexity"]
+        if expected == "opens":
+            versions = row["written_by"].replace("==", " ")
+            theirs, ours = ours, theirs
+        lines.append(
+            f"| {row['model']} | {form} | {versions} | {row['largest_difference']:.2g} | {row['largest_logit']:.1f} "
+            f"| {theirs:.3f} | {ours:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def true_bytes() -> str:
+    """Where the bytes of every export of the interoperability runs are."""
+    parts = ("codes", "positions", "scales", "zeros", "groups", "dense", "headers", "total", "files")
+    titles = ["model", "format", *parts, "÷ FP32", "÷ FP16", "bits a weight"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in _interop()["exports"]:
+        counted = " | ".join(f"{row['bytes'][part]:,}" for part in parts)
+        bits = "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        ratios = f"{row['ratio_fp32']:.2f} | {row['ratio_fp16']:.2f}"
+        lines.append(f"| {row['model']} | {row['format']} | {counted} | {ratios} | {bits} |")
+    return "\n".join(lines) + "\n"
+
+
+def ast_quantized() -> str:
+    """What training on integer grids gave, beside its rivals."""
+    found = json.loads((ROOT / "docs/benchmarks/ast_quantized_h100.json").read_text())
+    lines = ["| kept values | pattern | tokens | valid | to dense | bits a weight | of FP32 |", "|---" * 7 + "|"]
+    for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
+        late = arm.get("quantize_from", 0.0)
+        grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
+        to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
+        lines.append(
+            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "
+            f"| {bits:.2f} | {32 / bits:.1f} × smaller |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _grid(bits: int, levels: str) -> str:
+    return "3 levels" if levels == "ternary" else f"{'odd ' if levels == 'odd' else ''}{bits} bits"
+
+
+def front() -> str:
+    """Every measured way to make models/base's linears smaller: a drawing of perplexity against size, and the rows."""
+    points = _front()
+    chart = scatter_chart(
+        [Series(label, [Point(x, y, label=name) for name, kind, x, y in points if kind == label]) for label in KINDS],
+        Axes(
+            "Perplexity against size",
+            x="times smaller than FP32, linears, all counted",
+            y="perplexity, valid text",
+            log_x=True,
+            width=680,
+            height=420,
+        ),
+    )
+    lines = ["| | linears | of FP32 | valid |", "|---|---|---|---|"]
+    lines += [f"| {name} | {kind} | {x:.1f} × smaller | {y:.2f} |" for name, kind, x, y in sorted(points, key=_size)]
+    return f'<div class="chart">{chart}</div>\n\n' + "\n".join(lines) + "\n"
+
+
+def _size(point: tuple[str, str, float, float]) -> float:
+    return point[2]
+
+
+def _front() -> list[tuple[str, str, float, float]]:
+    """Name, kind, times smaller than FP32, perplexity."""
+    folder, scales, places = ROOT / "docs/benchmarks", 16 / 128, 2 / 3
+    named = {
+        row["name"]: row["final"]["valid"]["perplexity"] for row in json.loads((folder / "base_h100.json").read_text())
+    }
+    trained = json.loads((folder / "ast_quantized_h100.json").read_text())
+    sparse = 2 + places + scales  # 4 bits for half of the weights
+    points = [("dense, bf16", KINDS[0], 2.0, trained["dense"])]
+    for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
+        points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
+    points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for arm in trained["arms"]:
+        if arm["perplexity"] < LOST:
+            key = (arm["pattern"], arm["bits"], arm["levels"], round(arm["tokens"] / 1e6))
+            best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
+    for (pattern, bits, levels, tokens), arm in best.items():
+        kind = KINDS[1] if pattern == "2:4" else KINDS[0]
+        title = f"trained {_grid(bits, levels)}, {tokens} M"
+        points.append((title, kind, 32 / arm["bits_per_weight"], arm["perplexity"]))
+    return points
+
+
+def decode_linears() -> str:
+    """Times of a block's linears from packed weights, beside bf16 and the dense integers."""
+    found = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())
+    ours, ways = "2:4 + int4", {"bf16": "cuBLAS bf16", "int4": "int4", "tinygemm": "torch's int4"}
+    heading = ["block of", "tokens", "2:4 + int4", *(f"{way} (times ours)" for way in ways.values())]
+    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
+    for shape in ("7b", "70b"):
+        for batch, times in found[shape]["linears"]["block"]["batches"].items():
+            rest = [f"{times[way]['us']:.0f} µs ({times[way]['us'] / times[ours]['us']:.2f})" for way in ways]
+            lines.append(f"| Llama {shape.upper()} | {batch} | {times[ours]['us']:.0f} µs | {' | '.join(rest)} |")
+    return "\n".join(lines) + "\n"
+
+
+def decode_model() -> str:
+    """A whole model of Llama 7B's shape: milliseconds of a token and of a prompt, gigabytes."""
+    runs = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())["7b"]["models"]
+    lines = ["| 7B shape | bf16 | 2:4 + int4 | |", "|---|---|---|---|"]
+    told = {"a token, batch 1": "batch 1", "the same with --fuse": "batch 1, fused", "a token, batch 16": "batch 16"}
+    rows = [(title, runs["model"], f", {key}", "ms", 1.0) for title, key in told.items()]
+    rows.append(("a prompt of 2,048 tokens", runs["prefill"], "", "ms", 1.0))
+    rows.append(("device memory", runs["memory"], "", "allocated", 1e9))
+    for title, table, suffix, key, unit in rows:
+        dense, packed = (table[f"{form}{suffix}"][key] / unit for form in ("bf16", "2:4 + int4"))
+        name = "GB" if unit > 1 else "ms"
+        lines.append(f"| {title} | {dense:.2f} {name} | {packed:.2f} {name} | {dense / packed:.2f} × |")
+    return "\n".join(lines) + "\n"
+
+
+def ast_ablation() -> str:
+    """What each part of AST is worth, as in the paper's Table 4; seeds of an arm are one row."""
+    found = json.loads((ROOT / "docs/benchmarks/ast_ablation_h100.json").read_text())
+    dense = found["dense"]["valid"]["perplexity"]
+    rows: dict[tuple[bool, int], list[Any]] = {}
+    for arm in found["arms"]:
+        if arm["arm"] in ABLATION and "failed" not in arm:
+            place = (arm["metrics"]["tokens"] > 3e7, list(ABLATION).index(arm["arm"]))
+            rows.setdefault(place, []).append(arm)
+    lines = [
+        "| | tokens | pattern | parameters beside it | valid | seeds | to dense | flipped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines.append(f"| dense | | | | {dense:.3f} | | | |")
+    for _, arms in sorted(rows.items()):
+        metrics, scores = arms[0]["metrics"], [arm["score"]["perplexity"] for arm in arms]
+        count, mean = metrics.get("branch_parameters"), statistics.fmean(scores)
+        beside = f"{count:,} ({metrics['branch_share']:.2%} of the linears)" if count else ""
+        spread = f"{min(scores):.3f} to {max(scores):.3f}" if len(scores) > 1 else f"{scores[0]:.3f}"
+        lines.append(
+            f"| {ABLATION[arms[0]['arm']]} | {metrics['tokens'] / 1e6:.1f} M | {'2:4+LR' if count else '2:4'} "
+            f"| {beside} | {mean:.3f}{f' ({spread})' if len(scores) > 1 else ''} | {len(scores)} | {mean - dense:+.3f} "
+            f"| {metrics['initial_flip_rate']:.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ast_cost() -> str:
+    """What AST's step takes beside a plain dense distillation step, and its parts beside their plain forms."""
+    found = json.loads((ROOT / "docs/benchmarks/training_h100.json").read_text())
+    lines = ["| | measured | beside |", "|---|---|---|"]
+    for name, shape in (
+        ("base", "models/base, 131,072 tokens a step"),
+        ("1b", "a Llama of 1.2 B, 16,384 tokens a step"),
+    ):
+        arms = found.get(name, {})
+        for arm, title in COSTS.items():
+            if arm in arms:
+                mean, speed = arms[arm]["of_dense_mean"], arms[arm]["tokens_per_s"]
+                lines.append(f"| {title}, {shape} | {speed:,.0f} tokens/s | {mean:.2f} × plain dense distillation |")
+    step, loss = found["step"], found["loss"]
+    for kind, title in (("plain", "optimizer step of 1.2 B"), ("refresh", "the same when masks are chosen")):
+        fused, plain = step[f"fused_{kind}"]["median_ms"], step[f"reference_{kind}"]["median_ms"]
+        lines.append(f"| {title} | {fused:.1f} ms | {plain:.0f} ms unfused: {plain / fused:.1f} × |")
+    own, plain = loss["chunked"], loss["plain"]
+    lines.append(
+        f"| KL and CE, 4,096 tokens, vocabulary 128,256: extra memory | {own['extra_gib']:.2f} GiB "
+        f"| {plain['extra_gib']:.1f} GiB plain: {plain['extra_gib'] / own['extra_gib']:.0f} × |"
+    )
+    seven = found["7b"]
+    peak = max(seven[f"micro_batches_{parts}"]["step_9_peak_gb"] for parts in (1, 2))
+    lines.append(
+        f"| Llama-2-7B's shape, {seven['tokens_a_micro_batch']:,} tokens a micro-batch, `states: float8, "
+        f"masters: bfloat16, checkpointing: true` | {peak:.0f} GB at the peak | teacher included |"
+    )
+    return "\n".join(lines) + "\n"
