@@ -14,7 +14,7 @@ gpu: .venv/bin/python  ## the tests that need a CUDA device
 run: .venv/bin/python  ## the main job on the embedded model
 	.venv/bin/sparsekit run recipes/ast_gptq4.yaml
 
-COG = .venv/bin/cog -I scripts -p "import cog, figures, generated"
+COG = .venv/bin/cog -I scripts -p "import cog, figures, generated, headlines"
 PAGES = README.md docs/*.md docs/methods/*.md docs/benchmarks/*.md plugins/*.md
 
 docs-write: .venv/bin/python  ## write the generated parts of the docs anew

@@ -1,0 +1,109 @@
+"""Figures of the front pages, from the measured files of docs/benchmarks; `figures` has those of the other pages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import figures
+from figures import ROOT
+
+BASE = (  # of base_h100.json, as a page shows it: a heading, or an arm and what it is
+    ("2:4", None),
+    ("magnitude-2to4", "magnitude"),
+    ("wanda-2to4", "Wanda"),
+    ("sparsegpt-2to4", "SparseGPT"),
+    ("ast", "AST, 26.2 M tokens"),
+    ("50 % of the weights, any place", None),
+    ("sparsegpt-50", "SparseGPT"),
+    ("quantized, groups of 128", None),
+    ("rtn-int4", "RTN int4"),
+    ("gptq-int4", "GPTQ int4"),
+    ("awq-int4", "AWQ int4"),
+    ("gptq-int3", "GPTQ int3"),
+    ("2:4, then int4", None),
+    ("wanda-gptq4", "Wanda → GPTQ"),
+    ("sparsegpt-gptq4", "SparseGPT → GPTQ"),
+    ("sparsegpt-awq4", "SparseGPT → AWQ"),
+    ("ast-gptq4-base", "AST → GPTQ"),
+)
+
+
+def base_figures() -> str:
+    """Perplexity of models/base under every built-in method."""
+    runs, dense = _base()
+    lines = ["| | perplexity | broken groups |", "|---|---|---|", f"| dense | {dense:.2f} | |"]
+    for name, title in BASE:
+        if title is None:
+            lines.append(f"| **{name}** | | |")
+        else:
+            score, broken = runs[name]
+            lines.append(f"| {title} | {score:.2f} | {broken} |")
+    return "\n".join(lines) + "\n"
+
+
+def headline(folder: str = "") -> str:
+    """What to expect, for the front page and the README: perplexity and size of models/base; pages are in `folder`."""
+    runs, dense = _base()
+    read = {
+        name: json.loads((ROOT / f"docs/benchmarks/{name}_h100.json").read_text())
+        for name in ("plugins", "ast_ablation", "ast_quantized")
+    }
+    aimed = next(arm for result in read["plugins"] for arm in result["arms"] if arm["arm"] == "aimed-50")
+    longer = next(arm for arm in read["ast_ablation"]["arms"] if arm["arm"] == "adaptive")["score"]["perplexity"]
+    together = [
+        min(
+            (arm for arm in read["ast_quantized"]["arms"] if arm["pattern"] == "2:4" and arm["bits"] == bits),
+            key=_valid,
+        )
+        for bits in (4, 2)
+    ]
+    sizes = {name: size for name, _, size, _ in figures._front()}
+    rows = [
+        ("dense, bf16", dense, sizes["dense, bf16"]),
+        ("GPTQ int4", runs["gptq-int4"][0], sizes["GPTQ int4"]),
+        ("SparseGPT 2:4", runs["sparsegpt-2to4"][0], None),
+        (f"[ALPS, aimed]({folder}plugins.md#alps_aimed): 2:4 in one shot", aimed["final"]["valid"]["perplexity"], None),
+        (f"[AST]({folder}methods/ast.md) 2:4, 26.2 M tokens, 68 s of training", runs["ast"][0], None),
+        ("AST 2:4, 99.6 M tokens", longer, None),
+        ("AST 2:4, 26.2 M tokens, then GPTQ int4", runs["ast-gptq4-base"][0], sizes["AST, then GPTQ int4"]),
+    ]
+    for arm in together:
+        title = f"2:4 and {arm['bits']} bits trained together, {arm['tokens'] / 1e6:.1f} M"
+        rows.append((title, arm["perplexity"], 32 / arm["bits_per_weight"]))
+    lines = ["| | perplexity | linears, of FP32 |", "|---|---|---|"]
+    for title, score, size in rows:
+        lines.append(f"| {title} | {score:.2f} | {'' if size is None else f'{size:.1f} × smaller'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _valid(arm: dict[str, Any]) -> float:
+    return float(arm["perplexity"])
+
+
+def _base() -> tuple[dict[str, tuple[float, str]], float]:
+    """Perplexity and broken groups of the arms of base_h100.json, AST alone among them, and of the dense model."""
+    found: dict[str, tuple[float, str]] = {}
+    for run in json.loads((ROOT / "docs/benchmarks/base_h100.json").read_text()):
+        steps = {run["name"]: run["steps"][-1]}
+        if run["steps"][0]["method"] == "ast":
+            steps["ast"] = run["steps"][0]
+        for name, step in steps.items():
+            broken = f"{step['violations']} of {step['groups']:,}" if step["groups"] else ""
+            found[name] = (step["perplexity"]["valid"]["perplexity"], broken)
+        dense = float(run["dense"]["valid"]["perplexity"])
+    return found, dense
+
+
+def solver() -> str:
+    """Factor and sweep of the linears of a Llama-2-7B block, beside the papers' column recursion."""
+    found = json.loads((ROOT / "docs/benchmarks/oneshot_h100.json").read_text())["solve"]
+    titles = {"qkv": "q, k and v together", "o": "o", "gate_up": "gate and up together", "down": "down"}
+    lines = ["| | SparseGPT 2:4 | recursion | GPTQ int4 | recursion |", "|---" * 5 + "|"]
+    for name, title in titles.items():
+        row, cells = found[name], []
+        for ours, theirs in (("2:4", "recursion_2to4"), ("int4", "recursion_int4")):
+            cells.append(f"{row['our_factor']['ms'] + row[ours]['ms']:.0f} ms")
+            cells.append(f"{row[theirs]['ms']:,.0f} ms" if theirs in row else "not run")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
