@@ -120,14 +120,15 @@ def true_bytes() -> str:
 def ast_quantized() -> str:
     """What training on integer grids gave, beside its rivals."""
     found = json.loads((ROOT / "docs/benchmarks/ast_quantized_h100.json").read_text())
-    lines = ["| kept values | pattern | tokens | valid | to dense | bits a weight | of FP32 |", "|---" * 7 + "|"]
+    titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
         late = arm.get("quantize_from", 0.0)
         grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
         to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
         lines.append(
             f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "
-            f"| {bits:.2f} | {32 / bits:.1f} × smaller |"
+            f"| {bits:.2f} | {32 / bits:.1f} × |"
         )
     return "\n".join(lines) + "\n"
 
@@ -150,8 +151,8 @@ def front() -> str:
             height=420,
         ),
     )
-    lines = ["| | linears | of FP32 | valid |", "|---|---|---|---|"]
-    lines += [f"| {name} | {kind} | {x:.1f} × smaller | {y:.2f} |" for name, kind, x, y in sorted(points, key=_size)]
+    lines = ["| | linears | smaller than FP32 | valid |", "|---|---|---|---|"]
+    lines += [f"| {name} | {kind} | {x:.1f} × | {y:.2f} |" for name, kind, x, y in sorted(points, key=_size)]
     return f'<div class="chart">{chart}</div>\n\n' + "\n".join(lines) + "\n"
 
 
