@@ -47,7 +47,7 @@ def cli_help() -> str:
 
 
 def _help(command: click.Command, path: str) -> str:
-    context = click.Context(command, info_name=path, max_content_width=100, terminal_width=100)
+    context = click.Context(command, info_name=path, max_content_width=84, terminal_width=84)
     return f"## {path}\n\n```text\n{command.get_help(context)}\n```\n"
 
 

@@ -121,7 +121,7 @@ class Numerics(BaseModel):
 
     model_config = STRICT
 
-    max_rung: Rung = Field("damping", description="none, damping, tokens, columns or diagonal; see `sparsekit.ladder`.")
+    max_rung: Rung = Field("damping", description="none, damping, tokens, columns or diagonal.")
 
 
 class Redo(BaseModel):
@@ -149,7 +149,7 @@ class Tasks(BaseModel):
 
     model_config = STRICT
 
-    tasks: list[Text] = Field(default_factory=list)
+    tasks: list[Text] = Field(default_factory=list, description="Names of tasks.")
     tasks_dir: Text | None = Field(None, description="A directory with task files of your own.")
     limit: Count | None = Field(None, description="Examples of each task; all of them when absent.")
 
@@ -167,8 +167,8 @@ class Measurements(BaseModel):
         default_factory=list,
         description="Evaluators of plugins: evaluator, text (a name under data.evaluation), parameters.",
     )
-    gates: Gates = Field(default_factory=Gates)
-    lm_eval: Tasks = Field(default_factory=Tasks)
+    gates: Gates = Field(default_factory=Gates, description="What the result must reach; exit code 3 when it does not.")
+    lm_eval: Tasks = Field(default_factory=Tasks, description="Zero-shot tasks of the LM evaluation harness.")
 
     @property
     def agreeing(self) -> list[str]:
@@ -183,7 +183,7 @@ class Exports(BaseModel):
 
     model_config = STRICT
 
-    formats: list[Format] = Field(["dense"])
+    formats: list[Format] = Field(["dense"], description="Names of export formats; none writes nothing.")
     directory: Text | None = Field(None, description="Default: export/ in the output directory.")
 
 

@@ -31,8 +31,8 @@ class Recipe(BaseModel):
 
     model_config = STRICT
 
-    name: FileName
-    seed: Seed = 0
+    name: FileName = Field(description="What the run is called, in its report and as its directory.")
+    seed: Seed = Field(0, description="Of everything that is drawn.")
     output: Text | None = Field(None, description="Directory of the run; default runs/NAME.")
     plugins: list[Text] = Field(
         default_factory=list, description="Python files with methods, export formats, evaluators and report sections."
@@ -41,13 +41,13 @@ class Recipe(BaseModel):
     coverage: Annotated[Fraction, Field(le=1)] = Field(
         0.95, description="Share of the parameters inside the blocks that must be within reach."
     )
-    model: ModelEntry
-    data: Texts = Field(default_factory=Texts)
-    numerics: Numerics = Field(default_factory=Numerics)
+    model: ModelEntry = Field(description="What is compressed.")
+    data: Texts = Field(default_factory=Texts, description="Texts that steps and measurements read.")
+    numerics: Numerics = Field(default_factory=Numerics, description="What may be done when arithmetic fails.")
     steps: list[Step] = Field(description="In order; an empty list measures and exports the model as it is.")
-    evaluate: Measurements = Field(default_factory=Measurements)
-    export: Exports = Field(default_factory=Exports)
-    report: Pages = Field(default_factory=Pages)
+    evaluate: Measurements = Field(default_factory=Measurements, description="What is measured, dense and compressed.")
+    export: Exports = Field(default_factory=Exports, description="In which formats the result is written.")
+    report: Pages = Field(default_factory=Pages, description="What the report shows besides.")
 
     _document: Document = PrivateAttr(default_factory=Document)
 
