@@ -6,7 +6,7 @@ from packed import random_packed
 from torch import Tensor
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import PADDED_ROWS, DecodeWeight, arrange, choose
+from sparsekit.kernels.decode import INPUTS, ROW_TILE, TOKEN_TILE, DecodeWeight, arrange, choose
 
 
 def words(tensor: Tensor) -> list[int]:
@@ -93,9 +93,11 @@ def test_a_weight_takes_three_bits_and_its_scales() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
-@pytest.mark.parametrize("row_tiles", [4, 256, 512, 768, 1376, 3584])
+@pytest.mark.parametrize("row_tiles", [8, 24, 256, 512, 640, 768, 1376, 3584])
 def test_every_cut_can_run(tokens: int, row_tiles: int) -> None:
     cut = choose(tokens, row_tiles, 132)
-    assert PADDED_ROWS % cut.rows == 0
-    assert cut.threads <= 1024
-    assert cut.input_warps * 8 * -(-tokens // 8) * cut.rows * 4 <= 48 * 1024, "static shared memory"
+    assert row_tiles * ROW_TILE % cut.rows == 0
+    assert cut.threads <= 768
+    padded = TOKEN_TILE * -(-tokens // TOKEN_TILE)
+    inputs = 3 * cut.input_warps * padded * INPUTS * 2 if tokens > TOKEN_TILE else 0
+    assert max(inputs, cut.input_warps * padded * cut.rows * 4) <= 48 * 1024, "static shared memory"

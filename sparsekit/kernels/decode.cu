@@ -23,7 +23,9 @@ typedef unsigned long long u64;
 #define ROWS (16 * MT * WR)                          // rows of a block
 #define TOKENS (8 * NT)
 #define THREADS (32 * WR * WK)
-#define AHEAD (NT <= 2)
+#define AHEAD (NT == 1)       // inputs come through registers, else through shared memory
+#define STAGES 3              // steps of inputs in shared memory
+#define TILE (TOKENS * 128)   // values of a unit's inputs
 
 struct Loaded {
     uint4 codes[SPARSE ? 1 : 2];
@@ -116,25 +118,39 @@ static __device__ __forceinline__ void multiply_dense(float (&sum)[4], const u32
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A lane's share of one unit's inputs: of every 32 inputs 8 consecutive ones of its tokens.
+// A lane's share of one unit's inputs, for 8 tokens: of every 32 inputs 8 consecutive ones.
 struct Inputs {
-    uint4 values[4][NT];
+    uint4 values[4];
 };
 
 static __device__ __forceinline__ Inputs load_inputs(const u16* x, int tokens, int columns, int left, int lane) {
     Inputs found;
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int token = 8 * n + (lane >> 2), column = 32 * k + 8 * (lane & 3);
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (token < tokens && column < left)  // volatile: to stay ahead of its use
-                asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x + (long)token * columns + column));
-            found.values[k][n] = v;
-        }
+    for (int k = 0; k < 4; k++) {
+        const int token = lane >> 2, column = 32 * k + 8 * (lane & 3);
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (token < tokens && column < left)  // volatile: to stay ahead of its use
+            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x + (long)token * columns + column));
+        found.values[k] = v;
+    }
     return found;
+}
+
+// Where 8 inputs of a token are in a tile: tokens that differ in the last bit have their halves of 64 swapped, so
+// that the lanes of a quarter of a warp read different banks.
+static __device__ __forceinline__ int place(int token, int eighth) { return token * 16 + (eighth ^ (token & 1) << 2); }
+
+// Begin to copy a unit's inputs to shared memory, by the warps that need it; what is not there becomes 0.
+static __device__ __forceinline__ void fetch_inputs(uint4* tile, const u16* x, int tokens, int columns, int left, int thread) {
+#pragma unroll
+    for (int at = thread; at < TILE / 8; at += 32 * WR) {
+        const int token = at / 16, eighth = at % 16;
+        const bool real = token < tokens && 8 * eighth < left;
+        const u16* from = real ? x + (long)token * columns + 8 * eighth : x;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                         (u32)__cvta_generic_to_shared(tile + place(token, eighth))), "l"(from), "r"(real ? 16 : 0));
+    }
 }
 
 // 32 inputs of 8 tokens as the tensor cores want them. For 2:4, two neighbouring lanes swap halves: the even one keeps
@@ -167,8 +183,9 @@ static __device__ __forceinline__ u16 narrow(float v) {
     return bits;
 }
 
-// Products of one unit for every tile of rows and tokens, scaled and added to `sums`.
-static __device__ __forceinline__ void accumulate(float (&sums)[MT][NT][4], const Loaded (&weights)[MT], const Inputs& x,
+// Products of one unit for every tile of rows and tokens, scaled and added to `sums`. `given` tells the inputs.
+template <class Given>
+static __device__ __forceinline__ void accumulate(float (&sums)[MT][NT][4], const Loaded (&weights)[MT], Given given,
                                                   int lane) {
 #pragma unroll
     for (int s = 0; s < GROUPS; s++) {
@@ -184,7 +201,7 @@ static __device__ __forceinline__ void accumulate(float (&sums)[MT][NT][4], cons
             const int k = s * (4 / GROUPS) + q;  // which 32 inputs of the unit
             u32 b[NT][4];
 #pragma unroll
-            for (int n = 0; n < NT; n++) operand(b[n], x.values[k][n], lane);
+            for (int n = 0; n < NT; n++) operand(b[n], given(k, n), lane);
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 u32 a[4];
@@ -224,7 +241,10 @@ static __device__ __forceinline__ void accumulate(float (&sums)[MT][NT][4], cons
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
     const u32* __restrict__ weights, const u16* __restrict__ x, u16* __restrict__ y, int rows, int units, int tokens,
     int columns) {
-    __shared__ float parts[WK][TOKENS][ROWS];
+    __shared__ union {
+        float parts[WK][TOKENS][ROWS];
+        uint4 tiles[AHEAD ? 1 : STAGES][AHEAD ? 1 : WK][TILE / 8];
+    } shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wr = warp % WR, wk = warp / WR;
     const u32* mine = weights + (long)(blockIdx.x * WR + wr) * MT * units * UNIT;
 
@@ -236,27 +256,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[m][n][i] = 0.0f;
 
-    // the weights of the next unit, and its inputs where registers allow, are on their way while one is computed
+    // the weights of the next unit and its inputs are on their way while one is computed
     Loaded now[MT], next[MT];
-    Inputs given, coming;
-    if (wk < units) {
+    const auto load_weights = [&](Loaded(&to)[MT], int unit) {
 #pragma unroll
-        for (int m = 0; m < MT; m++) now[m] = load(mine + ((long)m * units + wk) * UNIT, lane);
-        if (AHEAD) given = load_inputs(x + 128 * wk, tokens, columns, columns - 128 * wk, lane);
-    }
+        for (int m = 0; m < MT; m++) to[m] = load(mine + ((long)m * units + unit) * UNIT, lane);
+    };
+    if (wk < units) load_weights(now, wk);
+#if AHEAD
+    const auto read = [&](int unit) { return load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane); };
+    Inputs given = read(wk), coming;
     for (int unit = wk; unit < units; unit += WK) {
-        const int after = unit + WK;
-        if (after < units) {
-#pragma unroll
-            for (int m = 0; m < MT; m++) next[m] = load(mine + ((long)m * units + after) * UNIT, lane);
-            if (AHEAD) coming = load_inputs(x + 128 * after, tokens, columns, columns - 128 * after, lane);
-        }
-        if (!AHEAD) given = load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane);
-        accumulate(sums, now, given, lane);
+        if (unit + WK < units) load_weights(next, unit + WK);
+        coming = read(unit + WK);
+        accumulate(sums, now, [&](int k, int) { return given.values[k]; }, lane);
 #pragma unroll
         for (int m = 0; m < MT; m++) now[m] = next[m];
-        if (AHEAD) given = coming;
+        given = coming;
     }
+#else
+    const auto fetch = [&](int stage, int unit) {
+        fetch_inputs(shared.tiles[stage][wk], x + 128 * unit, tokens, columns, columns - 128 * unit, 32 * wr + lane);
+        asm volatile("cp.async.commit_group;");
+    };
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage, wk + stage * WK);
+    int stage = 0;
+    for (int unit = wk; unit < units; unit += WK) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");  // of the warps with these inputs
+        if (unit + WK < units) load_weights(next, unit + WK);
+        fetch(stage == 0 ? STAGES - 1 : stage - 1, unit + (STAGES - 1) * WK);
+        const uint4* tile = shared.tiles[stage][wk];
+        accumulate(sums, now, [&](int k, int n) { return tile[place(8 * n + (lane >> 2), 4 * k + (lane & 3))]; }, lane);
+#pragma unroll
+        for (int m = 0; m < MT; m++) now[m] = next[m];
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+    }
+    asm volatile("cp.async.wait_all;");
+    __syncthreads();  // tiles become parts
+#endif
 
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -264,13 +303,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                parts[wk][8 * n + 2 * (lane & 3) + (i & 1)][16 * (wr * MT + m) + (lane >> 2) + 8 * (i >> 1)] = sums[m][n][i];
+                shared.parts[wk][8 * n + 2 * (lane & 3) + (i & 1)][16 * (wr * MT + m) + (lane >> 2) + 8 * (i >> 1)] = sums[m][n][i];
     __syncthreads();
     for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
         const int token = at / ROWS, row = at % ROWS;
         float sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < WK; k++) sum += parts[k][token][row];
+        for (int k = 0; k < WK; k++) sum += shared.parts[k][token][row];
         if (blockIdx.x * ROWS + row < rows) y[(long)token * rows + blockIdx.x * ROWS + row] = narrow(sum);
     }
 }

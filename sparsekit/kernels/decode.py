@@ -25,7 +25,9 @@ from sparsekit.inference.packed import PackedWeight
 AT_ONCE = 32  # tokens of a launch
 MAX_TOKENS = 96  # three launches take less time than to dequantize a weight once, then cuBLAS (H100, 7B and 70B)
 ROW_TILE, INPUTS = 16, 128  # of a unit
-PADDED_ROWS = 64  # the most rows a block of the kernel takes
+TOKEN_TILE = 8
+PADDED_ROWS = 128  # so that blocks of 1, 2, 4 or 8 tiles of rows come out even
+MOST_ROW_WARPS = 6  # with 4 warps along the inputs: more threads would leave each too few registers
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -35,7 +37,8 @@ class Setting(NamedTuple):
     Attributes:
         row_tiles: Tiles of 16 rows that a warp computes.
         row_warps: Warps of a block along the rows.
-        input_warps: Warps of a block along the inputs.
+        input_warps: Warps of a block along the inputs. With more than 8 tokens their inputs are in shared memory,
+            12 KiB for 16 tokens and 24 KiB for 32, of 48 KiB in all.
         blocks: Blocks that shall fit a multiprocessor at once, which limits their registers.
     """
 
@@ -123,7 +126,7 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
     row_tiles, units = weight.units.shape[:2]
     cut = setting or choose(tokens, row_tiles, _processors(x.device))
     x, y = x.contiguous(), x.new_empty(tokens, out)
-    kernel = _kernel("decode", x.dtype, weight.sparse, weight.scales, -(-tokens // 8), cut, x.device)
+    kernel = _kernel("decode", x.dtype, weight.sparse, weight.scales, -(-tokens // TOKEN_TILE), cut, x.device)
     blocks = row_tiles * ROW_TILE // cut.rows
     kernel((blocks, 1, 1), (cut.threads, 1, 1), [weight.units, x, y, out, units, tokens, columns])
     return y
@@ -150,18 +153,20 @@ def choose(tokens: int, row_tiles: int, processors: int) -> Setting:
     """How to cut a product: the best measured on an H100 for the linears of Llama 7B and 70B (decode_h100.json).
 
     Few rows are best done in one wave of large blocks, many by small blocks that several share a multiprocessor.
+    With more than 8 tokens the warps of a block share one copy of the inputs, so all the rows that a multiprocessor
+    has are best in one block.
     """
-    small, middle = row_tiles <= 2 * processors, row_tiles <= 4 * processors
-    if tokens > 16:
-        return Setting(2, 1, 8, 1) if small else Setting(2, 1, 4, 1)
-    if small:
+    if tokens > TOKEN_TILE:
+        input_warps = 8 // -(-tokens // TOKEN_TILE)  # as many as have their inputs in shared memory
+        rows = -(-row_tiles // processors)
+        if rows <= MOST_ROW_WARPS and row_tiles % rows == 0:
+            return Setting(1, rows, input_warps, 1)
+        return Setting(2, 2, 2, 4 if tokens <= 2 * TOKEN_TILE else 1)
+    if row_tiles <= 2 * processors:
         return Setting(2, 1, 16, 1)
-    many = row_tiles > 8 * processors
-    if tokens > 8:
-        return Setting(2, 1, 4, 1) if not middle and not many else Setting(4, 1, 8, 1)
-    if middle:
+    if row_tiles <= 4 * processors:
         return Setting(4, 1, 16, 1)
-    return Setting(4, 1, 4, 4) if many else Setting(2, 1, 8, 3)
+    return Setting(4, 1, 4, 4) if row_tiles > 8 * processors else Setting(4, 1, 8, 2)
 
 
 def _padded(size: int, multiple: int) -> int:
