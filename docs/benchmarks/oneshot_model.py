@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -111,12 +112,27 @@ def step(
     return chain.then(store)
 
 
+def resident_peak() -> float:
+    """Gigabytes of the host that this process has had resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def model(
-    work: Path, shape: str, blocks: int | None, samples: int, length: int, schedule: str, memory: Memory
+    work: Path,
+    shape: str,
+    blocks: int | None,
+    samples: int,
+    length: int,
+    schedule: str,
+    memory: Memory,
+    host_gb: float | None,
 ) -> dict[str, Any]:
     """Write a random model of a shape of load.py into `work`, and take it through."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     written = write_model(shape, blocks, work / "model", where)
+    before = resident_peak()
+    if host_gb is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(host_gb * 1e9),) * 2)
     print("written", json.dumps(written), flush=True)
     shutil.rmtree(work / "steps", ignore_errors=True)
     shutil.rmtree(work / "export", ignore_errors=True)
@@ -144,4 +160,7 @@ def model(
         "phases": phases.found,
         "seconds": total,
         "packed_bytes": size,
+        "host_cap_gb": host_gb,
+        "host_peak_resident_gb": round(resident_peak(), 2),
+        "host_peak_before_gb": round(before, 2),
     }
