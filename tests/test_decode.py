@@ -97,7 +97,7 @@ def test_a_weight_takes_three_bits_and_its_scales() -> None:
 def test_every_cut_can_run(tokens: int, row_tiles: int) -> None:
     cut = choose(tokens, row_tiles, 132)
     assert row_tiles * ROW_TILE % cut.rows == 0
-    assert cut.threads <= 768
+    assert cut.threads <= 512
     padded = TOKEN_TILE * -(-tokens // TOKEN_TILE)
     inputs = 3 * cut.input_warps * padded * INPUTS * 2 if tokens > TOKEN_TILE else 0
     assert max(inputs, cut.input_warps * padded * cut.rows * 4) <= 48 * 1024, "static shared memory"

@@ -8,7 +8,8 @@
 `7b` is a model of Llama-2-7B's blocks (13 GB in shards of one block), pruned 2:4 by SparseGPT and quantized to
 4 bits by GPTQ; `70b` the first 2 blocks of Llama-3.1-70B's shape. `--blocks` takes fewer of them. A run that is not
 done after `--seconds` is stopped with SIGTERM; the same command continues it. The cap is a cgroup's where one can be
-made, else a limit on the process's private memory (RLIMIT_DATA; RLIMIT_AS would stop CUDA, which reserves addresses).
+made, else the process is watched, twenty times a second, and killed when its own memory is over it: limits of the
+kernel count addresses that CUDA reserves (RLIMIT_AS) and weight files that are mapped (RLIMIT_DATA).
 Disk for `7b`: model 13 GB, steps 17 GB, export 4 GB.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -33,6 +33,7 @@ from transformers import LlamaConfig
 from sparsekit.models.locate import ASSETS
 
 GB = 10**9
+OWN = ("RssAnon", "RssShmem")  # of /proc: private memory, and page-locked buffers
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32},
@@ -99,14 +100,14 @@ def capped(limit: int) -> tuple[str, Path | None]:
     root = Path("/sys/fs/cgroup")
     group = root / f"sparsekit-load-{os.getpid()}"
     if not (root / "cgroup.controllers").is_file():
-        return "RLIMIT_DATA (no cgroup of version 2)", None
+        return "watched (no cgroup of version 2)", None
     try:
         group.mkdir()
         (group / "memory.max").write_text(str(limit))
     except OSError as error:
         if group.is_dir():
             group.rmdir()
-        return f"RLIMIT_DATA (no cgroup: {error.strerror})", None
+        return f"watched (no cgroup: {error.strerror})", None
     return "cgroup memory.max", group
 
 
@@ -121,17 +122,16 @@ def run(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     def enter() -> None:
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
-        else:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     start = time.monotonic()
-    peaks = {"VmHWM": 0, "RssAnon": 0}
+    peaks = dict.fromkeys(("VmHWM", *OWN), 0)
     with open(work / f"{shape}.log", "w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "sparsekit", "run", str(recipe)], stdout=log, stderr=log, preexec_fn=enter
         )
         while process.poll() is None:
-            _watch(process.pid, peaks)
+            if watch(process.pid, peaks) > limit:
+                process.kill()
             if time.monotonic() - start > given.seconds:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
@@ -141,7 +141,8 @@ def run(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "exit_code": process.returncode, "stopped": process.returncode == 143, "host_cap_gb": given.host_gb,
         "cap": words, "seconds": round(time.monotonic() - start, 1), "host_peak_resident_gb": peaks["VmHWM"] / GB,
-        "host_peak_private_gb": peaks["RssAnon"] / GB, "blocks_done": _blocks(work / f"run-{shape}"),
+        "host_peak_private_gb": peaks["RssAnon"] / GB, "host_peak_page_locked_gb": peaks["RssShmem"] / GB,
+        "blocks_done": _blocks(work / f"run-{shape}"),
     }  # fmt: skip
     report = work / f"run-{shape}" / "report.json"
     if process.returncode == 0:
@@ -153,15 +154,18 @@ def run(shape: str, given: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _watch(process: int, peaks: dict[str, int]) -> None:
+def watch(process: int, peaks: dict[str, int]) -> int:
+    """Note the peaks of a process; what its own memory is now, without the files that it maps."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return  # it has just ended
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name in peaks:
-            peaks[name] = max(peaks[name], int(rest.split()[0]) * 1024)
+        return 0  # it has just ended
+    now = {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if name in peaks
+    }
+    for name, size in now.items():
+        peaks[name] = max(peaks[name], size)
+    return sum(now.get(name, 0) for name in OWN)
 
 
 def _blocks(directory: Path) -> dict[str, int]:

@@ -238,7 +238,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows of part 7b")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--memory", choices=tuple(HOLDINGS), default="auto", help="mode of part 7b")
-    parser.add_argument("--host-gb", type=float, help="of private memory that part 7b may have on the host")
     parser.add_argument("--schedule", choices=("group", "block"), default="group")
     given = parser.parse_args()
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -271,7 +270,6 @@ def main() -> None:
             *(("tiny", None, 4, 64) if given.small else (given.shape, given.blocks, given.samples, given.length)),
             given.schedule,
             given.memory,
-            given.host_gb,
         ),
     }
     for name in given.parts.split(","):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
+import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load import write_model
+from load import OWN, watch, write_model
 from torch import Tensor
 
 from sparsekit.blockwise import streaming
@@ -112,33 +113,39 @@ def step(
     return chain.then(store)
 
 
-def resident_peak() -> float:
-    """Gigabytes of the host that this process has had resident at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Gigabytes of the host that are this process's own, at most; filled in at the end."""
+    found: dict[str, float] = {}
+    peaks, over, most = dict.fromkeys(("VmHWM", *OWN), 0), threading.Event(), 0
+
+    def look() -> None:
+        nonlocal most
+        while not over.wait(0.02):
+            most = max(most, watch(os.getpid(), peaks))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        found |= {name: round(value / 1e9, 2) for name, value in (*peaks.items(), ("own", most))}
 
 
 def model(
-    work: Path,
-    shape: str,
-    blocks: int | None,
-    samples: int,
-    length: int,
-    schedule: str,
-    memory: Memory,
-    host_gb: float | None,
+    work: Path, shape: str, blocks: int | None, samples: int, length: int, schedule: str, memory: Memory
 ) -> dict[str, Any]:
     """Write a random model of a shape of load.py into `work`, and take it through."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     written = write_model(shape, blocks, work / "model", where)
-    before = resident_peak()
-    if host_gb is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(host_gb * 1e9),) * 2)
     print("written", json.dumps(written), flush=True)
     shutil.rmtree(work / "steps", ignore_errors=True)
     shutil.rmtree(work / "export", ignore_errors=True)
     phases = Phases(torch.device(where))
     tokens = torch.randint(0, 8192, (samples, length), generator=torch.Generator().manual_seed(0))
-    with phases.watching():
+    with phases.watching(), watched() as host:
         with phases.phase("open"):
             view = ModelView.open(work / "model", device=where)
             chain = Chain(view)
@@ -151,7 +158,7 @@ def model(
             export_as(FORMATS["gptq"], view, stored, work / "export", patterns=dict.fromkeys(names, Pattern(2, 4)))
     total = round(sum(row["seconds"] for row in phases.found.values()), 2)
     size = sum(path.stat().st_size for path in (work / "export").glob("*.safetensors"))
-    print(f"all phases {total} s, packed {size / 1e9:.2f} GB", flush=True)
+    print(f"all phases {total} s, packed {size / 1e9:.2f} GB, host {host}", flush=True)
     about = {"shape": shape, "blocks": written["blocks"], "samples": samples, "length": length}
     return {
         **about,
@@ -160,7 +167,5 @@ def model(
         "phases": phases.found,
         "seconds": total,
         "packed_bytes": size,
-        "host_cap_gb": host_gb,
-        "host_peak_resident_gb": round(resident_peak(), 2),
-        "host_peak_before_gb": round(before, 2),
+        "host_peaks_gb": host,
     }

@@ -66,7 +66,7 @@ class PackQuantized:
         tensors = {
             "weight_packed": pack_padded(weight.codes, weight.bits),
             "weight_scale": weight.scale.half(),
-            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64, device=weight.codes.device),
         }
         if not weight.symmetric:
             tensors["weight_zero_point"] = pack_padded(weight.zero.t(), weight.bits).t().contiguous()

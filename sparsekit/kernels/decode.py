@@ -27,7 +27,7 @@ MAX_TOKENS = 96  # three launches take less time than to dequantize a weight onc
 ROW_TILE, INPUTS = 16, 128  # of a unit
 TOKEN_TILE = 8
 PADDED_ROWS = 128  # so that blocks of 1, 2, 4 or 8 tiles of rows come out even
-MOST_ROW_WARPS = 6  # with 4 warps along the inputs: more threads would leave each too few registers
+MOST_ROW_WARPS = 4  # of a block that has 4 warps along the inputs
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -153,15 +153,17 @@ def choose(tokens: int, row_tiles: int, processors: int) -> Setting:
     """How to cut a product: the best measured on an H100 for the linears of Llama 7B and 70B (decode_h100.json).
 
     Few rows are best done in one wave of large blocks, many by small blocks that several share a multiprocessor.
-    With more than 8 tokens the warps of a block share one copy of the inputs, so all the rows that a multiprocessor
-    has are best in one block.
+    With more than 8 tokens the warps of a block share one copy of the inputs, so few rows are best cut into one
+    block for each multiprocessor.
     """
     if tokens > TOKEN_TILE:
-        input_warps = 8 // -(-tokens // TOKEN_TILE)  # as many as have their inputs in shared memory
+        two = tokens <= 2 * TOKEN_TILE
         rows = -(-row_tiles // processors)
         if rows <= MOST_ROW_WARPS and row_tiles % rows == 0:
-            return Setting(1, rows, input_warps, 1)
-        return Setting(2, 2, 2, 4 if tokens <= 2 * TOKEN_TILE else 1)
+            return Setting(1, rows, 4 if two else 2, 1)
+        if row_tiles <= 8 * processors:
+            return Setting(2, 1, 4, 1) if two else Setting(1, 2, 2, 1)
+        return Setting(2, 2, 2, 4 if two else 1)
     if row_tiles <= 2 * processors:
         return Setting(2, 1, 16, 1)
     if row_tiles <= 4 * processors:
