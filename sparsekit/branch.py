@@ -1,8 +1,9 @@
-"""The low-rank branch of a sparse linear, SLoRB: y = (M ⊙ W) x + S (X x).
+"""The low-rank branch of a sparse linear: y = (M ⊙ W) x + S (X x).
 
-X [in/k, in] sums blocks of k inputs, S [out, in/k] starts with the mean of what pruning took from each
+In SLoRB X [in/k, in] sums blocks of k inputs, S [out, in/k] starts with the mean of what pruning took from each
 block, so that every block's sum of weights is what it was. Both are dense, so the branch is no part of
-the N:M weight: it stays beside it as tensors of its own and is counted and reported as "2:4+LR".
+the N:M weight: it stays beside it as tensors of its own and is counted and reported as "2:4+LR". Other
+methods choose X and S freely, of any rank, and may hold them as integers.
 
 Source: Huang et al. 2024, arXiv:2407.20584, Eq. 5-6.
 """
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.errors import MethodError
+from sparsekit.quant import QuantizedWeight
 
 ATTRIBUTE = "slorb"  # of a linear that computes a branch
 LENGTHS = (16, 32, 64)
@@ -27,14 +29,28 @@ class Branch:
     """A low-rank branch.
 
     Attributes:
-        up: S, [out, in/k].
+        up: S, [out, in/k], or [out, rank].
         down: X, [in/k, in]; None where it sums blocks of consecutive inputs and has no parameters.
-        length: k, inputs of a block.
+        length: k, inputs of a block; inputs over rank, rounded down, where X has no blocks.
+        integers: Sᵀ [rank, out] and X as integers, where that is what they are: `up` and `down` are then
+            what these stand for, and nothing may change them.
     """
 
     up: Tensor
     down: Tensor | None
     length: int
+    integers: tuple[QuantizedWeight, QuantizedWeight] | None = None
+
+    @classmethod
+    def of_integers(cls, up: QuantizedWeight, down: QuantizedWeight) -> Branch:
+        """A branch out of integers.
+
+        Args:
+            up: Sᵀ, [rank, out]: a group of outputs of one direction shares a step.
+            down: X, [rank, in].
+        """
+        rank, inputs = down.codes.shape
+        return cls(up.dequantize().t().contiguous(), down.dequantize(), inputs // rank, (up, down))
 
     @property
     def parameters(self) -> int:
@@ -54,12 +70,33 @@ class Branch:
         return self.up @ self.down
 
     def rescaled(self, scale: Tensor) -> Branch:
-        """The branch for inputs that will be divided by `scale` [in]; X gets parameters by it."""
-        return replace(self, down=self.projection * scale)
+        """The branch for inputs that will be divided by `scale` [in]; X gets parameters by it.
+
+        Raises:
+            MethodError: It holds integers.
+        """
+        return replace(self.of_floats(), down=self.projection * scale)
+
+    def of_floats(self) -> Branch:
+        """The same branch, to be changed.
+
+        Raises:
+            MethodError: It holds integers.
+        """
+        if self.integers is not None:
+            raise MethodError("its low-rank branch holds integers and cannot be rescaled; add it after this step")
+        return self
+
+    def stored(self, dtype: torch.dtype) -> Branch:
+        """The branch with floats as a model of this dtype stores them, in float32."""
+        down = None if self.down is None else self.down.to(dtype).float()
+        return replace(self, up=self.up.to(dtype).float(), down=down)
 
     def to(self, device: torch.device) -> Branch:
         """On a device."""
-        return replace(self, up=self.up.to(device), down=None if self.down is None else self.down.to(device))
+        down = None if self.down is None else self.down.to(device)
+        pair = None if self.integers is None else (self.integers[0].to(device), self.integers[1].to(device))
+        return Branch(self.up.to(device), down, self.length, pair)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Its parameters by name."""

@@ -25,6 +25,8 @@ from sparsekit.quant import QuantizedWeight
 from sparsekit.state import LinearState
 
 HOST = torch.device("cpu")
+INTEGERS = ("codes", "scale", "zero", "group_of")  # the tensors of a quantized weight
+BRANCH = ("up", "down")  # the parts of a low-rank branch
 
 
 @dataclass(slots=True)
@@ -83,19 +85,27 @@ def block_tensors(block: BlockState, dtype: torch.dtype) -> tuple[dict[str, Tens
         if state.mask is not None:
             tensors[f"mask/{name}"] = pack_mask(state.mask)
         if state.branch is not None:
-            about[name]["branch"] = {"length": state.branch.length}
-            for part, value in state.branch.tensors():
-                tensors[f"branch-{part}/{name}"] = fitting(name, value, dtype)
+            about[name]["branch"] = _keep_branch(name, state.branch, dtype, tensors)
         if state.quantized is None:
             tensors[f"source/{name}"] = fitting(name, state.source, dtype)
         else:
-            quantized = state.quantized
-            about[name]["quantized"] = {
-                "bits": quantized.bits, "group_size": quantized.group_size, "symmetric": quantized.symmetric,
-            }  # fmt: skip
-            for key in ("codes", "scale", "zero", "group_of"):
-                tensors[f"{key}/{name}"] = getattr(quantized, key)
+            about[name]["quantized"] = _keep_integers("", name, state.quantized, tensors)
     return tensors, {"linears": json.dumps(about)}
+
+
+def _keep_integers(prefix: str, name: str, integers: QuantizedWeight, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the tensors of integers; returns what else there is to know of them."""
+    tensors |= {f"{prefix}{key}/{name}": getattr(integers, key) for key in INTEGERS}
+    return {"bits": integers.bits, "group_size": integers.group_size, "symmetric": integers.symmetric}
+
+
+def _keep_branch(name: str, branch: Branch, dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """As `_keep_integers`, of a low-rank branch."""
+    if branch.integers is not None:
+        parts = zip(BRANCH, branch.integers, strict=True)
+        return {part: _keep_integers(f"branch-{part}-", name, integers, tensors) for part, integers in parts}
+    tensors |= {f"branch-{part}/{name}": fitting(name, value, dtype) for part, value in branch.tensors()}
+    return {"length": branch.length}
 
 
 def fitting(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,12 +131,7 @@ def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     try:
         for name, about in json.loads(metadata["linears"]).items():
             mask = tensors.get(f"mask/{name}")
-            quantized = None
-            if "quantized" in about:
-                codes, scale, zero, group_of = (
-                    tensors[f"{key}/{name}"] for key in ("codes", "scale", "zero", "group_of")
-                )
-                quantized = QuantizedWeight(codes, scale, zero, group_of, **about["quantized"])
+            quantized = _integers_of("", name, tensors, about["quantized"]) if "quantized" in about else None
             source = tensors[f"source/{name}"].float() if quantized is None else quantized.dequantize()
             linears[name] = LinearState(
                 name=name,
@@ -142,7 +147,14 @@ def block_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     return BlockState(linears, params)
 
 
-def _branch_of(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, int]) -> Branch:
+def _integers_of(prefix: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> QuantizedWeight:
+    codes, scale, zero, group_of = (tensors[f"{prefix}{key}/{name}"] for key in INTEGERS)
+    return QuantizedWeight(codes, scale, zero, group_of, **about)
+
+
+def _branch_of(name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Branch:
+    if "length" not in about:
+        return Branch.of_integers(*(_integers_of(f"branch-{part}-", name, tensors, about[part]) for part in BRANCH))
     down = tensors.get(f"branch-down/{name}")
     return Branch(tensors[f"branch-up/{name}"].float(), None if down is None else down.float(), about["length"])
 

@@ -24,7 +24,7 @@ from sparsekit.pluginfile import named_failures, run_file
 from sparsekit.signature import docstring, lower_case, parameters, positional, source_of, without_args
 from sparsekit.stats import Statistic
 
-Kind = Literal["prune", "train", "quantize", "allocate"]
+Kind = Literal["prune", "train", "quantize", "branch", "allocate"]
 Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
 Check = Callable[[Mapping[str, Any]], tuple[str, str] | None]
@@ -34,18 +34,18 @@ Rowwise = Callable[[Mapping[str, Any]], bool]
 ENTRY_POINT_GROUP = "sparsekit.plugins"
 NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
 HANDED = {"linear": ("layer",), "group": ("group",), "model": ("job",), "layers": ("layers", "sparsity")}  # by scope
-BUILT_IN = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq", "ast")
+BUILT_IN = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq", "lowrank", "ast")
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One pruner, trainer or quantizer.
+    """One pruner, trainer, quantizer or maker of low-rank branches.
 
     Attributes:
         name: What a recipe writes after `method:`.
         kind: `prune` and `train` write weights and masks; `quantize` writes integers, and nothing
-            may write weights after it. `allocate` writes nothing: it says how sparse a pruner shall
-            make each layer.
+            may write weights after it. `branch` writes a low-rank branch beside weights that stay, integers
+            too. `allocate` writes nothing: it says how sparse a pruner shall make each layer.
         scope: What the function is called with: one linear, a group of linears, the model, or all
             layers of a step one after another.
         stats: The statistic it reads, None when it needs no calibration.

@@ -27,7 +27,7 @@ class LinearState:
         notes: What went out of the ordinary (a numerics rung that was needed, a skipped search).
         dense: float32 [out, in], what the layer was before any step pruned it (after a training step:
             what training left). Only there for methods registered with `dense=True`; never stored.
-        branch: A low-rank branch beside the weight (SLoRB). It stays dense and is no part of `weight`.
+        branch: A low-rank branch beside the weight. It stays dense and is no part of `weight`.
     """
 
     name: str
@@ -70,6 +70,16 @@ class LinearState:
             told = type(quantized).__name__
             raise MethodError(f"with_quantized takes a QuantizedWeight, got a {told}", layer=self.name)
         return replace(self, source=quantized.dequantize(), quantized=quantized)
+
+    def with_branch(self, branch: Branch) -> LinearState:
+        """Attach a low-rank branch; weight, mask and integers stay.
+
+        Raises:
+            MethodError: There is one already.
+        """
+        if self.branch is not None:
+            raise MethodError("it has a low-rank branch already; keep one step that adds them", layer=self.name)
+        return replace(self, branch=branch)
 
     def noted(self, *notes: str) -> LinearState:
         """Add remarks for the report."""

@@ -75,7 +75,7 @@ def branch_note(layers: Sequence[Mapping[str, Any]], weights: int) -> list[str]:
     """What low-rank branches of a step's layers cost, if there are any."""
     count = sum(layer["branch_parameters"] for layer in layers)
     share = count / max(1, weights)
-    told = f"low-rank branches: {count:,} dense parameters beside the linears' {weights:,} ({share:.1%})"
+    told = f"low-rank branches: {count:,} parameters beside the linears' {weights:,} ({share:.1%})"
     return [f"{told}; the pattern of the weights alone is N:M, the model is N:M+LR"] if count else []
 
 

@@ -17,6 +17,8 @@ from sparsekit.registry import Kind
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram, Statistic
 
+CHANGED = {"quantize": "a quantizer changed the mask", "branch": "a low-rank branch came with another mask or weight"}
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
@@ -58,15 +60,6 @@ class LayerRecord:
         return asdict(self)
 
 
-def as_json(records: Sequence[LayerRecord], remarks: list[str]) -> list[dict[str, Any]]:
-    """Records as JSON; the first takes the remarks about the whole block, which are cleared."""
-    found = [record.as_dict() for record in records]
-    if found and remarks:
-        found[0]["notes"] = [*found[0]["notes"], *remarks]
-        remarks.clear()
-    return found
-
-
 def same_group(result: object, given: Mapping[str, LinearState]) -> Group:
     """What a method of scope group returned.
 
@@ -101,7 +94,8 @@ def verified(
     Args:
         before: The state the method was given.
         after: The state it returned.
-        kind: Of the method; a quantizer may not touch the mask and must return integers.
+        kind: Of the method; a quantizer may not touch the mask and must return integers, one of kind `branch`
+            may touch neither mask nor weight.
         pattern: What the layer must hold from now on.
         integers: The method, a trainer, must return integers.
         statistic: The calibration statistic, for the output error.
@@ -127,12 +121,14 @@ class Examined:
         base: 0-dim, what the last of them, the error, is relative to.
         proven: The record they belong to, as if nothing were wrong.
         groups_of: The pattern in words, for the message.
+        kind: Of the method, likewise.
     """
 
     counts: Tensor
     base: Tensor
     proven: LayerRecord
     groups_of: str
+    kind: Kind
 
     def record(self, counts: Sequence[float]) -> LayerRecord:
         """The record, once the counts are on the host; raises as `verified`."""
@@ -141,7 +137,7 @@ class Examined:
         if infinite:
             raise MethodError("the method returned values that are not finite", layer=layer)
         if changed:
-            raise PatternError("a quantizer changed the mask", layer=layer)
+            raise PatternError(CHANGED[self.kind], layer=layer)
         if branch:
             raise MethodError("the method returned a low-rank branch that is not finite", layer=layer)
         if revived:
@@ -181,6 +177,8 @@ def examined(
     weight = after.weight
     if kind == "quantize" and after.quantized is None:
         raise MethodError("a quantizer returned no integers; use layer.with_quantized(...)", layer=before.name)
+    if kind == "branch" and (after.branch is None or (after.quantized is None) is not (before.quantized is None)):
+        raise MethodError("a method of kind branch returns layer.with_branch(...)", layer=before.name)
     if after.branch is None and before.branch is not None:
         message = "the method dropped the low-rank branch; folded into the weight it would make it dense"
         raise MethodError(message, layer=before.name)
@@ -191,7 +189,7 @@ def examined(
     mask, nonzero = after.mask, weight != 0
     counts = [
         (~torch.isfinite(weight)).any(),
-        _mask_changed(before, after, weight) if kind == "quantize" else none,
+        _changed(before, after, weight, kind) if kind in CHANGED else none,
         none if after.branch is None else (~torch.stack([v.isfinite().all() for _, v in after.branch.tensors()])).any(),
         none if mask is None else (nonzero & ~mask).sum(),
         none if mask is None else (torch.signbit(weight) & ~mask).any(),
@@ -214,7 +212,7 @@ def examined(
         rungs=rungs_of(after.notes[len(before.notes) :]),
         branch_parameters=0 if after.branch is None else after.branch.parameters,
     )
-    return Examined(torch.stack([count.double() for count in counts]), base, proven, str(pattern))
+    return Examined(torch.stack([count.double() for count in counts]), base, proven, str(pattern), kind)
 
 
 def of_rows(parts: Sequence[Examined]) -> Examined:
@@ -230,7 +228,7 @@ def of_rows(parts: Sequence[Examined]) -> Examined:
     shape = (sum(record.shape[0] for record in records), records[0].shape[1])
     groups, seconds = sum(record.groups for record in records), sum(record.seconds for record in records)
     whole = replace(records[0], shape=shape, groups=groups, seconds=seconds)
-    return Examined(found, bases.sum(), whole, parts[0].groups_of)
+    return Examined(found, bases.sum(), whole, parts[0].groups_of, parts[0].kind)
 
 
 def _check_form(before: LinearState, after: LinearState) -> None:
@@ -261,13 +259,14 @@ def labelled(pattern: Pattern | None, state: LinearState) -> str | None:
     return f"{pattern}+LR" if pattern else "LR"
 
 
-def _mask_changed(before: LinearState, after: LinearState, weight: Tensor) -> Tensor:
-    """Whether the mask a quantizer was given is another one now."""
+def _changed(before: LinearState, after: LinearState, weight: Tensor, kind: Kind) -> Tensor:
+    """Whether what a method of this kind was given, and has to leave alone, is another one now."""
+    moved = (weight != before.weight).any() if kind == "branch" else weight.new_zeros((), dtype=torch.bool)
     if before.mask is None:
-        return weight.new_zeros(())
+        return moved
     if after.mask is None or after.mask.shape != before.mask.shape:
-        return weight.new_ones(())
-    return (after.mask != before.mask).any()
+        return torch.ones_like(moved)
+    return moved | (after.mask != before.mask).any()
 
 
 def relative_error(

@@ -5,7 +5,7 @@
 
 Every comparison of recipes/plugins runs under --runs; a stopped one continues. The result keeps, for
 every arm, perplexity with its standard error, sparsity, broken groups, mean output error, time and
-notes, and what all arms had in common. `--windows N` reduces calibration and evaluation to N windows
+bytes of the linears, and what all arms had in common. `--windows N` reduces calibration and evaluation to N windows
 each. `--table` prints the Markdown table of a result.
 """
 
@@ -26,6 +26,8 @@ COMPARISONS = {
     "70": "pruners_70",
     "permuted": "permuted_2to4",  # needs scipy
     "oneshot": "oneshot_2to4",
+    "lowrank": "lowrank_2to4",
+    "lowrank-int4": "lowrank_int4",
 }
 STEP_KEPT = ("method", "pattern", "sparsity", "groups", "violations", "error", "error_of", "seconds")
 
@@ -42,7 +44,9 @@ def compared(name: str, runs: Path, windows: int | None) -> dict[str, Any]:
     for path in sorted(out.glob("**/report.json")):
         report = json.loads(path.read_text())
         steps = [{key: step[key] for key in STEP_KEPT if key in step} for step in report["steps"]]
-        arms.append({"arm": report["name"], "dense": report["dense"], "final": report["final"], "steps": steps})
+        sizes = {export["format"]: export["linears"] for export in report["exports"]}
+        scores = {"dense": report["dense"], "final": report["final"]}
+        arms.append({"arm": report["name"], **scores, "steps": steps, "linears": sizes})
         about = {"environment": report["environment"], "model": report["model"]["digest"]}
     counts = {"calibration": windows or 128, "windows": windows or "all"}
     return {"comparison": name, "recipe": COMPARISONS[name], **counts, **about, "arms": arms}
@@ -58,8 +62,11 @@ def table(result: dict[str, Any]) -> str:
     """One row for each arm, the best perplexity first, and how far from SparseGPT it is, with the 95 % interval."""
     arms = sorted(result["arms"], key=lambda arm: arm["final"]["valid"]["perplexity"])
     changes = against_sparsegpt(result)
+    sized = any(arm.get("linears") for arm in arms)  # results from before there were sizes have none
     lines = ["| arm | valid | against SparseGPT | sparsity | broken groups | seconds |", "|---|---|---|---|---|---|"]
     lines.append(f"| dense | {arms[0]['dense']['valid']['perplexity']:.2f} | | 0 | | |")
+    if sized:
+        lines = [f"{line}{end}" for line, end in zip(lines, (" linears of FP32 |", "---|", " |"), strict=True)]
     for arm in arms:
         score, last = arm["final"]["valid"]["perplexity"], arm["steps"][-1]
         seconds = sum(step["seconds"] for step in arm["steps"])
@@ -68,6 +75,9 @@ def table(result: dict[str, Any]) -> str:
         interval = "" if change.low is None or change.high is None else f" [{change.low:+.1%}, {change.high:+.1%}]"
         against = f"{change.value:+.1%}{interval}" if change.value else ""
         lines.append(f"| {arm['arm']} | {score:.2f} | {against} | {last['sparsity']:.3f} | {broken} | {seconds:.1f} |")
+        if sized:
+            ratio = max((size["ratio_fp32"] for size in arm["linears"].values()), default=0.0)
+            lines[-1] += f" {ratio:.1f} × smaller |"
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic, added
-from sparsekit.verify import Examined, examined, of_rows, same_group
+from sparsekit.verify import Examined, LayerRecord, examined, of_rows, same_group
 
 
 @dataclass(slots=True)
@@ -150,3 +150,12 @@ def _noted(given: LinearState | Group, note: str) -> LinearState | Group:
     if isinstance(given, Group):
         return given.with_linears({name: state.noted(note) for name, state in given.linears.items()})
     return given.noted(note)
+
+
+def as_json(records: Sequence[LayerRecord], remarks: list[str]) -> list[dict[str, Any]]:
+    """Records as JSON; the first takes the remarks about the whole block, which are cleared."""
+    found = [record.as_dict() for record in records]
+    if found and remarks:
+        found[0]["notes"] = [*found[0]["notes"], *remarks]
+        remarks.clear()
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsekit.blockwise.activations import Activations
-from sparsekit.blockwise.applying import Applying, naming
+from sparsekit.blockwise.applying import Applying, as_json, naming
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain
 from sparsekit.blockwise.pairing import PairedActivations
@@ -31,7 +31,7 @@ from sparsekit.pluginfile import named_failures
 from sparsekit.registry import Method
 from sparsekit.state import Group
 from sparsekit.stats import Gram, Statistic
-from sparsekit.verify import Examined, LayerRecord, as_json, concluded
+from sparsekit.verify import Examined, LayerRecord, concluded
 
 
 @dataclass(slots=True)

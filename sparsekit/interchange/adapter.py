@@ -4,6 +4,9 @@ No architecture of transformers computes S (X x), so a model with branches is tw
 weights, and an adapter in PEFT's LoRA layout with A = X [in/k, in], B = S [out, in/k] and scaling 1. It
 lies in a directory of its own: an `adapter_config.json` beside `config.json` would make transformers
 take the whole export for an adapter. Merging it into the weights makes them dense.
+
+Branches that hold integers are written as such where only sparsekit reads the weights too: PEFT's layout
+has no integers. Of each linear Sᵀ and X, codes packed along their rows and a float16 step for each group.
 """
 
 from __future__ import annotations
@@ -17,12 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.branch import Branch, attach
+from sparsekit.checkpoint import BRANCH as PARTS
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
 from sparsekit.files import read_json, read_tensors, write_json, write_tensors
+from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
+from sparsekit.quant import Grid, QuantizedWeight
 
 ADAPTER = "adapter"  # directory inside an export
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OUR_WEIGHTS, OUR_CONFIG = "lowrank.safetensors", "lowrank.json"  # of branches that hold integers
+VERSION = 1
+PACKED = (2, 4, 8)  # bits of codes that fill words; others are stored in the next
 PREFIX = "base_model.model."  # of every tensor in PEFT's files
 
 
@@ -51,15 +60,18 @@ def branches_of(
     return found
 
 
-def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dtype) -> int:
+def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dtype, *, integers: bool = False) -> int:
     """Write the adapter into an export; returns the bytes of its weights.
 
     Args:
         target: Directory of the export.
         branches: By linear.
         dtype: What values are stored in.
+        integers: Store those of the branches, which all hold some.
     """
     directory = target / ADAPTER
+    if integers:
+        return _write_integers(directory, branches)
     tensors: dict[str, Tensor] = {}
     for name, branch in branches.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = branch.projection.to(dtype)
@@ -67,6 +79,60 @@ def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dty
     write_tensors(directory / WEIGHTS, tensors)
     write_json(directory / CONFIG, peft_config(branches))
     return (directory / WEIGHTS).stat().st_size
+
+
+def _write_integers(directory: Path, branches: Mapping[str, Branch]) -> int:
+    """Write the integers of branches, and read them back.
+
+    Raises:
+        CheckpointError: They read back as others.
+    """
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, branch in branches.items():
+        assert branch.integers is not None  # the caller has looked
+        about[name] = []
+        for part, held in zip(PARTS, branch.integers, strict=True):
+            width = next(bits for bits in PACKED if bits >= held.bits)
+            tensors[f"{name}.{part}"] = pack_padded(held.codes, width)
+            tensors[f"{name}.{part}_scales"] = held.scale
+            about[name].append({"bits": held.bits, "inputs": held.codes.shape[1]})
+    write_tensors(directory / OUR_WEIGHTS, tensors)
+    write_json(directory / OUR_CONFIG, {"version": VERSION, "branches": about})
+    for name, branch in _read_integers(directory).items():
+        expected, found = branches[name].integers, branch.integers
+        if not (expected and found and all(one.equal(two) for one, two in zip(expected, found, strict=True))):
+            raise CheckpointError(f"the low-rank branch of {name} reads back from {directory} as other integers")
+    return (directory / OUR_WEIGHTS).stat().st_size
+
+
+def _read_integers(directory: Path) -> dict[str, Branch]:
+    """Inverse of `_write_integers`.
+
+    Raises:
+        CheckpointError: A tensor is missing or does not fit, or another version wrote it.
+    """
+    about, (tensors, _) = read_json(directory / OUR_CONFIG), read_tensors(directory / OUR_WEIGHTS)
+    if about.get("version") != VERSION:
+        told = f"version is {about.get('version')!r}; this version reads {VERSION}"
+        raise CheckpointError(f"{directory / OUR_CONFIG}: {told}")
+    branches: dict[str, Branch] = {}
+    for name, parts in about["branches"].items():
+        pair = []
+        for part, setting in zip(PARTS, parts, strict=True):
+            try:
+                words, scale = tensors[f"{name}.{part}"], tensors[f"{name}.{part}_scales"]
+            except KeyError as error:
+                raise CheckpointError(f"{directory} lacks {error}") from error
+            bits, count = setting["bits"], setting["inputs"]
+            width = next(each for each in PACKED if each >= bits)
+            if words.shape[1] != -(-count * width // WORD) or count % scale.shape[1]:
+                raise CheckpointError(f"{directory}: {name}.{part} and its configuration do not fit")
+            grid = Grid.of_scale(scale.float(), bits)
+            codes = unpack_padded(words, width, count)
+            pair.append(QuantizedWeight.of(codes, grid, group_size=count // scale.shape[1], symmetric=True))
+        branches[name] = Branch.of_integers(*pair)
+    return branches
 
 
 def peft_config(branches: Mapping[str, Branch]) -> dict[str, Any]:
@@ -112,6 +178,8 @@ def read_adapter(directory: Path) -> dict[str, Branch]:
     Raises:
         CheckpointError: A tensor is missing or a file damaged.
     """
+    if (directory / ADAPTER / OUR_CONFIG).is_file():
+        return _read_integers(directory / ADAPTER)
     config = read_json(directory / ADAPTER / CONFIG)
     tensors, _ = read_tensors(directory / ADAPTER / WEIGHTS)
     branches: dict[str, Branch] = {}
@@ -124,9 +192,14 @@ def read_adapter(directory: Path) -> dict[str, Branch]:
     return branches
 
 
-def adapter_notes(branches: Mapping[str, Branch], size: int) -> Sequence[str]:
-    """What a user must know of an export with an adapter."""
+def adapter_notes(branches: Mapping[str, Branch], size: int, *, integers: bool = False) -> Sequence[str]:
+    """What a user must know of an export with an adapter; arguments as those of `write_adapter`."""
     count = sum(branch.up.numel() + branch.projection.numel() for branch in branches.values())
+    if integers:
+        return [
+            f"N:M+LR and not N:M: {len(branches)} linears compute a low-rank branch as well, whose integers are in "
+            f"{ADAPTER}/ ({count:,} parameters, {size:,} bytes); without it this is another model"
+        ]
     written = [branch for branch in branches.values() if branch.down is None]
     notes = [
         f"2:4+LR and not 2:4: {len(branches)} linears compute a dense low-rank branch as well. It is in {ADAPTER}/ in "

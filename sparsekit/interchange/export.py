@@ -109,9 +109,11 @@ def export_as(
         notes = _write_companions(view, target, tokenizer_dir or view.path, extra)
         _write_masks(target, tally)
         if branches:
-            tally.bytes.adapter = write_adapter(target, branches, view.dtype)
+            ours = storage is not None and storage.checksums  # PEFT, for which floats are written, does not read it
+            small = ours and all(branch.integers is not None for branch in branches.values())
+            tally.bytes.adapter = write_adapter(target, branches, view.dtype, integers=small)
             tally.parameters += sum(branch.parameters for branch in branches.values())
-            notes += adapter_notes(branches, tally.bytes.adapter)
+            notes += adapter_notes(branches, tally.bytes.adapter, integers=small)
         files = writer.close(target)
         written = storage_format.name if setting is None else _written(storage_format, setting)
         _write_marker(target, written, name, tally, files)

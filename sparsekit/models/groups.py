@@ -85,7 +85,7 @@ class Producer:
                 raise MethodError("is quantized already and cannot absorb a scale", layer=self.module)
             branch = state.branch
             if branch is not None:
-                branch = replace(branch, up=self.divided(branch.up, free))
+                branch = replace(branch.of_floats(), up=self.divided(branch.up, free))
             linears[self.module] = replace(state, source=self.divided(state.source, free), branch=branch)
         else:
             name = f"{self.module}.weight"

@@ -234,7 +234,7 @@ class ModelView:
             if state.branch is None:
                 detach(linear)
             else:
-                attach(linear, state.branch)
+                attach(linear, state.branch.stored(self.dtype))
         for name, value in block.params.items():
             self._place(name, value)
 

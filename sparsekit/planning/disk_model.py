@@ -14,7 +14,7 @@ def block_bytes(sizes: ModelSizes, plan: Plan, planned: PlannedStep, index: int)
     for name, (out, into) in sizes.blocks[index].linears.items():
         upto = [p for p in plan.steps[: planned.index + 1] if name in p.selected]
         quantized = any(p.step.quantizes for p in upto)
-        masked = any(p.step.method.kind != "quantize" for p in upto)
+        masked = any(p.step.method.kind not in ("quantize", "branch") for p in upto)
         total += out * into * (1 if quantized else sizes.stored) + (out * into // 8 if masked else 0)
     return total
 

@@ -29,6 +29,8 @@ def _wrong_order(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
             continue
         first = f"step {quantizer + 1} ({recipe.steps[quantizer].method.name}, {recipe.where('steps', quantizer)})"
         this = f"step {index + 1} ({step.method.name})"
+        if step.method.kind == "branch":  # beside the integers
+            continue
         if step.quantizes:
             yield ("steps", index), f"{this} quantizes what {first} has quantized already; keep one quantizer"
         else:

@@ -94,8 +94,8 @@ def parameters_of(noun: str, name: str, schema: type[BaseModel], chosen: Mapping
 
 
 def refines(method: Method) -> bool:
-    """Whether a pruner chooses no mask of its own: it has no pattern, so it works on a pruned layer."""
-    return method.kind == "prune" and method.accepts(Pattern) is None
+    """Whether a method chooses no mask of its own and works on a pruned layer: a pruner without pattern, a branch."""
+    return method.kind == "branch" or (method.kind == "prune" and method.accepts(Pattern) is None)
 
 
 def specimen(
