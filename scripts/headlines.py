@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import figures
@@ -27,6 +28,18 @@ BASE = (  # of base_h100.json, as a page shows it: a heading, or an arm and what
     ("sparsegpt-awq4", "SparseGPT → AWQ"),
     ("ast-gptq4-base", "AST → GPTQ"),
 )
+OTHERS = (  # part of oneshot_h100.json, job, whose, and what it is
+    ("block", "sparsegpt 2:4", "SparseGPT class", "SparseGPT 2:4: the authors' class"),
+    ("llmcompressor", "sparsegpt 2:4", "llm-compressor, tuned", "SparseGPT 2:4: llm-compressor 0.14"),
+    ("block", "gptq int4 g128", "AutoGPTQ class", "GPTQ int4: AutoGPTQ's class"),
+    ("llmcompressor", "gptq int4 g128", "llm-compressor, tuned", "GPTQ int4: llm-compressor 0.14"),
+    (
+        "llmcompressor",
+        "gptq int4 g128 static",
+        "llm-compressor, tuned",
+        "GPTQ int4, static groups: llm-compressor 0.14",
+    ),
+)
 
 
 def base_figures() -> str:
@@ -50,7 +63,7 @@ def headline(folder: str = "") -> str:
         for name in ("plugins", "ast_ablation", "ast_quantized")
     }
     aimed = next(arm for result in read["plugins"] for arm in result["arms"] if arm["arm"] == "aimed-50")
-    longer = next(arm for arm in read["ast_ablation"]["arms"] if arm["arm"] == "adaptive")["score"]["perplexity"]
+    longer = min(_longest(read["ast_ablation"]["arms"]))
     together = [
         min(
             (arm for arm in read["ast_quantized"]["arms"] if arm["pattern"] == "2:4" and arm["bits"] == bits),
@@ -75,6 +88,13 @@ def headline(folder: str = "") -> str:
     for title, score, size in rows:
         lines.append(f"| {title} | {score:.2f} | {'' if size is None else f'{size:.1f} × smaller'} |")
     return "\n".join(lines) + "\n"
+
+
+def _longest(arms: list[dict[str, Any]]) -> Iterator[float]:
+    """Perplexities of AST, the mask chosen anew, after 99.6 M tokens."""
+    for arm in arms:
+        if arm["metrics"]["tokens"] > 9e7 and not arm["arm"].startswith("fixed"):
+            yield float(arm["score"]["perplexity"])
 
 
 def _valid(arm: dict[str, Any]) -> float:
@@ -106,4 +126,22 @@ def solver() -> str:
             cells.append(f"{row['our_factor']['ms'] + row[ours]['ms']:.0f} ms")
             cells.append(f"{row[theirs]['ms']:,.0f} ms" if theirs in row else "not run")
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def blocks() -> str:
+    """A whole block by sparsekit, by the authors' classes and by llm-compressor."""
+    found = json.loads((ROOT / "docs/benchmarks/oneshot_h100.json").read_text())
+    lines = ["| | theirs | output error | one pass | output error | in parity | output error |", "|---" * 7 + "|"]
+    for part, job, side, title in OTHERS:
+        rows = {row["side"]: row for row in found[part]["jobs"][job]}
+        if side not in rows:
+            continue
+        theirs, cells = rows[side], []
+        for schedule in ("group", "block"):
+            ours = rows[f"sparsekit {schedule}"]
+            cells.append(
+                f"{ours['seconds']:.2f} s, **{theirs['seconds'] / ours['seconds']:.1f} ×** | {ours['error']:.5f}"
+            )
+        lines.append(f"| {title} | {theirs['seconds']:.1f} s | {theirs['error']:.5f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
