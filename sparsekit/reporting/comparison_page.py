@@ -100,12 +100,18 @@ def lead(comparison: Record) -> str:
             parts.append(f"Lowest perplexity on {text}: {name} with {perplexity(level)} ({rise} over dense).")
     sized = [arm for arm in arms if arm["bytes"]]
     if sized:
-        small = min(sized, key=lambda arm: arm["bytes"])
+        small = min(sized, key=lambda arm: (arm["bytes"], *_levels(arm)))  # of equal ones the best
         ratio = comparison["dense"]["bytes"] / small["bytes"]
         parts.append(f"Smallest: {small['name']} with {megabytes(small['bytes'])}, {ratio:.2f} times less than dense.")
     broken = sum(arm["violations"] for arm in arms)
     parts.append(f"{broken:,} broken N:M groups in {len(arms)} arms.")
     return " ".join(parts)
+
+
+def _levels(arm: Record) -> list[float]:
+    """Perplexities of an arm, text by text; what is not a number is worst."""
+    found = [score["perplexity"] for score in arm["perplexity"].values()]
+    return [float("inf") if level is None else level for level in found]
 
 
 def pareto_chart(comparison: Record, text: str) -> tuple[str, Markup]:
