@@ -268,3 +268,19 @@ def ast_cost() -> str:
         f"masters: bfloat16, checkpointing: true` | {peak:.0f} GB at the peak | teacher included |"
     )
     return "\n".join(lines) + "\n"
+
+
+def plan() -> str:
+    """What `sparsekit plan` predicted beside what the runs took."""
+    found = json.loads((ROOT / "docs/benchmarks/plan_h100.json").read_text())
+    kinds = {"step memory": ("MB", 1e6), "scoring memory": ("MB", 1e6), "step seconds": ("s", 1.0)}
+    lines = ["| | peak memory of the step | peak memory of scoring | seconds of the step |", "|---" * 4 + "|"]
+    for run in found:
+        rows, cells = {row["what"]: row for row in run["rows"]}, []
+        for kind, (unit, scale) in kinds.items():
+            row = rows[kind]
+            told, real = row["predicted"] / scale, row["measured"] / scale
+            digits = 1 if unit == "s" else 0
+            cells.append(f"{told:,.{digits}f} {unit}, was {real:,.{digits}f}: {row['ratio']:.2f}")
+        lines.append(f"| {run['recipe'].removeprefix('base-')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
