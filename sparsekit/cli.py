@@ -219,9 +219,9 @@ def check(name: str, plugins: tuple[Path, ...], values: tuple[str, ...]) -> None
     for noun, tried in found.items():
         Console().print(outcomes_table(f"{noun} {name}", tried), highlight=False)
     every = [outcome for tried in found.values() for outcome in tried]
-    failed = sum(outcome.status == "failed" for outcome in every)
+    failed = [outcome.error for outcome in every if outcome.status == "failed"]
     if failed:
-        raise ContractError(f"{name!r} breaks {failed} of {len(every)} promises")
+        raise ContractError(f"{name!r} breaks {len(failed)} of {len(every)} promises") from failed[0]
 
 
 @main.command()

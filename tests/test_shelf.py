@@ -356,7 +356,9 @@ def test_a_section_stands_in_the_report_escaped_and_in_the_plan(random_model, tm
     [
         ("where_time_wend", "[]", "no report section 'where_time_wend'; there is .*Did you mean 'where_time_went'"),
         ("wrong", "1 / 0", "report section wrong failed: ZeroDivisionError"),
-        ("wrong", "7", "report section wrong failed: TypeError"),
+        ("wrong", "7", "report section wrong: it returned 7, expected a list of rows"),
+        ("wrong", "[7]", "report section wrong: it returned the row 7, expected columns by name"),
+        ("wrong", "(1 / 0 for step in report)", "report section wrong failed: ZeroDivisionError"),
         ("wrong", "[{'a': 1}, {'b': 2}]", "report section wrong: columns"),
         ("wrong", "[{'a': [1]}]", "report section wrong: a is \\[1\\], expected text or a number"),
         ("wrong", "[{'a': float('nan')}]", "report section wrong: a is nan, expected a finite number"),

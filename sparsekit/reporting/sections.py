@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,8 +47,10 @@ class Section:
             PluginError: It failed, or what it returned is no table.
         """
         with named_failures(f"report section {self.name}", self.function):
-            rows = [dict(row) for row in self.function(report)]
+            found: object = self.function(report)
+            found = list(found) if isinstance(found, Iterator) else found  # a generator runs here
         try:
+            rows = _rows(found)
             rows = [{_column(key): _cell(key, value) for key, value in row.items()} for row in rows]
         except ValueError as error:
             raise PluginError(f"report section {self.name}: {error}") from error
@@ -57,6 +59,17 @@ class Section:
                 raise PluginError(f"report section {self.name}: columns {list(row)} and {list(rows[0])} in one table")
         about = (self.doc or "").partition("\n")[0]
         return {"caption": self.name.replace("_", " ").capitalize(), "about": about, "rows": rows}
+
+
+def _rows(found: object) -> list[dict[Any, Any]]:
+    """What a section returned, as a list of rows."""
+    if isinstance(found, (str, Mapping)) or not isinstance(found, Iterable):
+        raise ValueError(f"it returned {found!r}, expected a list of rows, as in [{{'step': 'ast', 'seconds': 1.5}}]")
+    rows = list(found)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"it returned the row {row!r}, expected columns by name, as in {{'step': 'ast'}}")
+    return [dict(row) for row in rows]
 
 
 def _column(key: object) -> str:

@@ -203,7 +203,8 @@ def method_page(method: Method) -> Group:
     works = {"linear": "one linear at a time", "group": "one group of linears at a time", "model": "the whole model"}
     scope = works.get(method.scope, "all layers of a step")
     head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on {scope}\n")
-    return Group(head, Text(method.text + "\n"), table, Text(f"\nSource: {method.source}\nLoaded from {method.origin}"))
+    source = f"\nSource: {method.source}" if method.source else ""
+    return Group(head, Text(method.text + "\n"), table, Text(f"{source}\nLoaded from {method.origin}"))
 
 
 def outcomes_table(title: str, outcomes: Iterable[Outcome]) -> Table:

@@ -30,7 +30,7 @@ FormatCheck = Callable[[Format], None]
 
 
 def takes_some(form: Format) -> None:
-    """It takes some integers, and says in words why it refuses others."""
+    """It takes and packs some integers, and says in words why it refuses others."""
     storage = storage_of(form)
     states = list(_specimens())
     told = [storage.obstacle(state, layout) for state, layout in _tried(storage, states)]
@@ -38,6 +38,7 @@ def takes_some(form: Format) -> None:
         raise ContractError(f"an obstacle is a sentence or None, it gave {wrong[0]!r}")
     if all(told):
         raise ContractError(f"it refuses all of {len(states)} made-up linears; the first: {told[0]}")
+    next(_packed(storage))
 
 
 def comes_back(form: Format) -> None:

@@ -16,11 +16,19 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One promise of one thing: `ok`, `failed` with the reason, or `does not apply` with the reason."""
+    """One promise of one thing: `ok`, `failed` with the reason, or `does not apply` with the reason.
+
+    Attributes:
+        name: Of the promise.
+        status: What became of it.
+        message: What is promised, or the reason.
+        error: Of a promise that failed; its causes have the traceback.
+    """
 
     name: str
     status: Status
     message: str
+    error: SparsekitError | None = None
 
 
 def without_cuda() -> str:
@@ -72,7 +80,7 @@ class Suite(Generic[S]):
             except SparsekitError as error:
                 if all(each.status == "does not apply" for each in found):
                     broken = f"it fails at {title!r}"
-                found.append(Outcome(title, "failed", str(error)))
+                found.append(Outcome(title, "failed", str(error), error))
         return found
 
     def check(self, name: str, arguments: Mapping[str, Any] | None = None) -> None:
@@ -86,4 +94,4 @@ class Suite(Generic[S]):
         if failed:
             lines = "\n".join(f"  {each.name}: {each.message}" for each in failed)
             many = "a promise" if len(failed) == 1 else f"{len(failed)} promises"
-            raise ContractError(f"{self.noun} {name!r} breaks {many} of the contract:\n{lines}")
+            raise ContractError(f"{self.noun} {name!r} breaks {many} of the contract:\n{lines}") from failed[0].error
