@@ -69,14 +69,15 @@ def alps(
     return layer.updated(*solved(layer.source, gram, pattern, damp, iterations, rho, steps))
 
 
-@sk.linear_method("alps_aimed", kind="prune", stats=sk.CrossGram)
+@sk.linear_method("alps_aimed", kind="prune", stats=sk.StreamGram)
 def alps_aimed(
     layer: sk.LinearState,
-    gram: sk.CrossGram,
+    gram: sk.StreamGram,
     /,
     *,
     pattern: sk.Pattern = sk.Pattern(2, 4),
     share: Share = 0.5,
+    owed: Annotated[float, Field(ge=0, le=1)] = 0.0,
     aim_damp: Positive = 0.01,
     damp: Positive = 0.01,
     iterations: Steps = 300,
@@ -92,6 +93,8 @@ def alps_aimed(
     Args:
         pattern: "N:M", or unstructured through `sparsity`.
         share: How far to go towards that weight; 1 is all the way, and fits the calibration text too closely.
+        owed: How much of what the stream lacks to which the layer adds (attention's and MLP's last linears)
+            goes into the target as well: these layers then make up for what earlier blocks have lost.
         aim_damp: Ridge that holds it near W, as a fraction of the mean diagonal.
         damp: As in `alps`.
         iterations: As in `alps`.
@@ -102,9 +105,9 @@ def alps_aimed(
         arXiv:2406.07831 (ALPS), for the pruning.
 
     Deviations: GPTAQ quantizes, and corrects column by column on its way; here the target is solved for
-    first. As in `alps` otherwise.
+    first. GPTAQ aims at the layer's own outputs; `owed` is ours. As in `alps` otherwise.
     """
-    target = gram.aimed(layer.source, aim_damp, share)
+    target = gram.aimed_at_stream(layer.source, aim_damp, share, owed)
     return layer.updated(*solved(target, gram, pattern, damp, iterations, rho, steps))
 
 

@@ -23,6 +23,7 @@ _EXPORTS = {
     "InputNorm": "stats",
     "Gram": "stats",
     "CrossGram": "crossgram",
+    "StreamGram": "crossgram",
     "linear_method": "registry",
     "group_method": "registry",
     "model_method": "registry",
@@ -46,7 +47,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from sparsekit.allocate import Measured as Measured
-    from sparsekit.crossgram import CrossGram as CrossGram
+    from sparsekit.crossgram import CrossGram as CrossGram, StreamGram as StreamGram
     from sparsekit.errors import SparsekitError as SparsekitError
     from sparsekit.inference.load import load as load
     from sparsekit.evaluation.measures import Forward as Forward, evaluator as evaluator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ class Paired(Protocol):
         ...
 
 
+@runtime_checkable
+class Owed(Paired, Protocol):
+    """A statistic that also wants to know what the stream lacks to which a layer's outputs are added."""
+
+    def owe(self, lacking: Tensor, x: Tensor) -> None:
+        """Add tokens that `pair` has been given: [tokens, out] of the stream before minus now, [tokens, in] now."""
+        ...
+
+
 class CrossGram(Gram):
     """Sum of x̂ x̂ᵀ over tokens as in `Gram`, with x̂ the inputs of the compressed model, and of (x - x̂) x̂ᵀ.
 
@@ -42,7 +51,7 @@ class CrossGram(Gram):
         now = x.float()
         self.drift.addmm_((dense.to(x.device).float() - now).t(), now)
 
-    def merge(self, other: CrossGram) -> None:
+    def merge(self, other: Self) -> None:
         """Add another accumulator's sums."""
         super().merge(other)
         self.drift += other.drift.to(self.drift.device)
@@ -53,19 +62,19 @@ class CrossGram(Gram):
         infinite = ~torch.isfinite(self.drift)
         return super().broken | infinite.all(0) | infinite.all(1)
 
-    def without(self, inputs: Tensor) -> CrossGram:
+    def without(self, inputs: Tensor) -> Self:
         """The same with the channels bool [in] uncorrelated, as large as the largest of the others, and not moved."""
         other = self._of(super().without(inputs))
         other.drift = self.drift.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
         return other
 
-    def diagonal(self) -> CrossGram:
-        """The same without its correlations, nothing moved; the unit matrix when no channel is finite."""
+    def diagonal(self) -> Self:
+        """The same without its correlations, nothing moved or owed; the unit matrix when no channel is finite."""
         return self._of(super().diagonal())
 
-    @staticmethod
-    def _of(gram: Gram) -> CrossGram:
-        other = CrossGram(len(gram.sum), gram.sum.device)
+    @classmethod
+    def _of(cls, gram: Gram) -> Self:
+        other = cls(len(gram.sum), gram.sum.device)
         other.tokens, other.ladder, other.sum, other.absolute = gram.tokens, gram.ladder, gram.sum, gram.absolute
         other.packed = gram.packed
         return other
@@ -86,6 +95,14 @@ class CrossGram(Gram):
             NumericsError: H is not positive definite, or not finite.
         Source: Li et al. 2025, arXiv:2504.02692 (GPTAQ), asymmetric calibration; solved at once here.
         """
+        return (weight.double() + share * self._solved(weight.double() @ self._mean(self.drift), damp)).float()
+
+    def _mean(self, total: Tensor) -> Tensor:
+        """A sum over tokens as their mean, float64."""
+        return total.double() / max(self.tokens, 1)
+
+    def _solved(self, moved: Tensor, damp: float) -> Tensor:
+        """`moved` (H + damp·mean(diag H)·I)⁻¹, float64 [out, in]."""
         matrix = self.matrix.double()
         level = damp * matrix.diagonal().mean()
         matrix.diagonal().add_(level)
@@ -93,6 +110,59 @@ class CrossGram(Gram):
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed) or not bool(torch.isfinite(lower).all()):
             raise NumericsError(f"the Gram matrix is not positive definite with damping {damp:g}")
-        moved = weight.double() @ (self.drift.double() / max(self.tokens, 1))
-        shift = torch.cholesky_solve(moved.t(), lower).t()
-        return (weight.double() + share * shift).float()
+        return torch.cholesky_solve(moved.t(), lower).t()
+
+
+class StreamGram(CrossGram):
+    """A `CrossGram` that also knows what the stream lacks to which the layer's outputs are added.
+
+    Attributes:
+        owed: Sum of (r - r̂) x̂ᵀ, float32 [out, in], with r the stream before this layer in the model before
+            the step and r̂ the same now; None where the layer adds to no stream.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.owed: Tensor | None = None
+
+    def owe(self, lacking: Tensor, x: Tensor) -> None:
+        """Add tokens, [tokens, out] and [tokens, in]."""
+        added = lacking.to(x.device).float().t() @ x.float()
+        self.owed = added if self.owed is None else self.owed + added
+
+    def merge(self, other: Self) -> None:
+        """Add another accumulator's sums."""
+        super().merge(other)
+        if other.owed is not None:
+            owed = other.owed.to(self.sum.device)
+            self.owed = owed if self.owed is None else self.owed + owed
+
+    @property
+    def broken(self) -> Tensor:
+        """Channels with a sum that is inf or NaN, bool [in]."""
+        found = super().broken
+        return found if self.owed is None else found | (~torch.isfinite(self.owed)).all(0)
+
+    def without(self, inputs: Tensor) -> Self:
+        """As a `CrossGram`; nothing is owed by the channels bool [in]."""
+        other = super().without(inputs)
+        other.owed = None if self.owed is None else self.owed.masked_fill(inputs.unsqueeze(0), 0.0)
+        return other
+
+    def aimed_at_stream(self, weight: Tensor, damp: float, share: float, owed: float) -> Tensor:
+        """`aimed`, and a share of what the stream lacks added to the target: W x + owed · (r - r̂).
+
+        Args:
+            weight: W, float32 [out, in].
+            damp: As in `aimed`.
+            share: As in `aimed`.
+            owed: How much of it, 0 to 1.
+        Returns:
+            V, float32 [out, in].
+        Raises:
+            NumericsError: As in `aimed`.
+        """
+        if self.owed is None or not owed:
+            return self.aimed(weight, damp, share)
+        moved = share * (weight.double() @ self._mean(self.drift)) + owed * self._mean(self.owed)
+        return (weight.double() + self._solved(moved, damp)).float()

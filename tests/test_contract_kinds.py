@@ -12,7 +12,7 @@ from test_shelf import example
 
 from sparsekit import testing
 from sparsekit.cli import main
-from sparsekit.crossgram import CrossGram
+from sparsekit.crossgram import CrossGram, StreamGram
 from sparsekit.errors import ContractError, PluginError, SparsekitError
 from sparsekit.evaluation.measures import EVALUATORS, Measure, evaluator
 from sparsekit.formats import FORMATS
@@ -39,7 +39,7 @@ def told(*arguments: str) -> str:
     return f"{result.exit_code} " + " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("kind", [InputNorm, Gram, CrossGram])
+@pytest.mark.parametrize("kind", [InputNorm, Gram, CrossGram, StreamGram])
 def test_statistics_of_sparsekit_keep_the_contract(kind):
     testing.check_statistic(kind)
 

@@ -21,7 +21,7 @@ from sparsekit.blockwise.pairing import PairedActivations
 from sparsekit.blockwise.stacking import placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import HOST, BlockState, StepStore
-from sparsekit.crossgram import Paired
+from sparsekit.crossgram import Owed, Paired
 from sparsekit.errors import MethodError
 from sparsekit.ladder import Ladder
 from sparsekit.models.groups import Producer
@@ -116,7 +116,7 @@ class Walk:
         if isinstance(stream, PairedActivations):
             source = self.reference if self.method.dense and self.reference is not None else self.before
             with resident(self.view, index, source(index)):
-                stream.look(index, keep=keep)
+                stream.look(index, keep=keep, owed=issubclass(self._kind, Owed))
 
     def _given(self, index: int) -> BlockState:
         """A block before the step, its linears with their dense values if the method asks for them."""

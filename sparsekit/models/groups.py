@@ -114,7 +114,7 @@ def shared_inputs(linears: Mapping[str, nn.Linear], run: Run) -> list[list[str]]
 
         return hook
 
-    with _hooked((module.register_forward_pre_hook(note(name)) for name, module in linears.items())):
+    with hooked((module.register_forward_pre_hook(note(name)) for name, module in linears.items())):
         run()
     groups = [list(dict.fromkeys(names)) for _, names in seen]
     called = {name for names in groups for name in names}
@@ -168,14 +168,15 @@ def _observe(
 
     handles = [linears[group[0]].register_forward_pre_hook(keep(inputs, group[0], 1)) for group in groups]
     handles += [
-        module.register_forward_hook(keep(outputs, name, 2)) for name, module in modules.items() if _is_norm(module)
+        module.register_forward_hook(keep(outputs, name, 2)) for name, module in modules.items() if is_norm(module)
     ]
-    with _hooked(handles):
+    with hooked(handles):
         run()
     return inputs, outputs
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether it has one weight a channel."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     return weight is not None and weight.dim() == 1
 
@@ -232,7 +233,7 @@ def _absorbs(producer: Producer, module: nn.Module, consumers: Sequence[nn.Linea
 
 
 @contextmanager
-def _hooked(handles: Any) -> Iterator[None]:
+def hooked(handles: Any) -> Iterator[None]:
     """Remove hooks afterwards, whatever happens."""
     kept = list(handles)
     try:

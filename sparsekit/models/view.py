@@ -24,6 +24,7 @@ from sparsekit.formats.base import Setting, Storage
 from sparsekit.models.arch import Origin, canonicalise
 from sparsekit.models.groups import Producer, find_producers, shared_inputs
 from sparsekit.models.locate import device_of, dtype_of, locate, offline, skeleton
+from sparsekit.models.streams import stream_doors
 from sparsekit.models.weights import Weights
 from sparsekit.state import LinearState
 
@@ -350,6 +351,11 @@ class ModelView:
     def groups(self, index: int, hidden: Tensor, call: Call) -> list[list[str]]:
         """Linears of a resident block that share an input tensor, in call order."""
         return shared_inputs(self.linears(index), lambda: self.run_block(index, hidden, call))
+
+    def doors(self, index: int, hidden: Tensor, call: Call) -> dict[str, nn.Module]:
+        """For each linear of a resident block that adds to its stream, the module the stream enters before."""
+        block = self.module.get_submodule(self.blocks[index])
+        return stream_doors(block, self.linears(index), lambda: self.run_block(index, hidden, call))
 
     def producers(self, index: int, groups: list[list[str]], hidden: Tensor, call: Call) -> list[Producer | str]:
         """For each group of a resident block, who can absorb an input scale, or why nobody can."""

@@ -18,21 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.blockwise.holding import HOLDINGS, Holding
-from sparsekit.crossgram import CrossGram, Paired
+from sparsekit.crossgram import CrossGram, Owed, Paired, StreamGram
 from sparsekit.evaluation.evaluate import CHUNK
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.kernels.oneshot import WIDE
 from sparsekit.models.shapes import BlockSizes, ModelSizes
 from sparsekit.quadratic import PANEL
 from sparsekit.stats import CORE_TOKENS, PRODUCT_BYTES, Gram, InputNorm
-from sparsekit.sweep.obs import BLOCK
 from sparsekit.sweep.panels import WIDTH
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
-# Bytes an entry of a Gram matrix while its root is computed: the matrix in sweep order, in float64 the root over it.
-FACTOR = 12
-INVERSES = 28  # bytes an entry of the squares on a root's diagonal while they are inverted, in float64
-FACTOR_KEPT = 4  # the root in float32, kept for the other linears of the group
+# Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
+# float64, the float32 result. CUDA takes the root: the matrix in sweep order, and in float64 the factor over it.
+FACTOR = {"cpu": 40, "cuda": 12}
+FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
 PACKED = (4, 2)  # both, of a root in panels; besides them some panels: as gathered, in float64, divided
 PANELS = 20  # bytes an entry of a panel
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
@@ -109,8 +108,8 @@ def statistic_bytes(kind: type[Any] | None, inputs: int) -> int:
     """One group's statistic."""
     if kind is Gram:
         return 4 * inputs * inputs + 4 * inputs
-    if kind is CrossGram:
-        return 8 * inputs * inputs + 4 * inputs
+    if kind in (CrossGram, StreamGram):  # what is owed has as many columns, and rarely more rows
+        return (8 if kind is CrossGram else 12) * inputs * inputs + 4 * inputs
     return 4 * inputs if kind is InputNorm else 0
 
 
@@ -118,7 +117,8 @@ def paired_bytes(model: ModelSizes, kind: type[Any] | None, samples: int, seq_le
     """What a statistic of two models has beside the hidden states: the other's, and what reaches its linears."""
     if kind is None or not issubclass(kind, Paired):
         return 0
-    return samples * seq_len * (model.width + sum(model.largest.inputs())) * model.computed
+    streams = 2 * model.width if issubclass(kind, Owed) else 0  # before attention and before the MLP
+    return samples * seq_len * (model.width + sum(model.largest.inputs()) + streams) * model.computed
 
 
 def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, tokens: int) -> int:
@@ -134,7 +134,7 @@ def update_temporaries(model: ModelSizes, kind: type[Any] | None, inputs: int, t
         return (4 if model.computed >= 4 else 8) * tokens * inputs
     if kind is InputNorm:
         return 0
-    if kind is CrossGram:  # both inputs and their difference in float32
+    if kind in (CrossGram, StreamGram):  # both inputs and their difference in float32
         return 16 * tokens * inputs
     if kind is not Gram:
         return 16 * tokens * inputs
@@ -226,7 +226,7 @@ def _solving(
     solves = kind is Gram and method in ("gptq", "sparsegpt")
     for group in block.groups:
         n = block.linears[group[0]][1]
-        factor, kept, formula = _factor(n, holding) if solves else (0, 0, "0")
+        factor, kept, formula = _factor(n, model.cuda, holding) if solves else (0, 0, "0")
         found.append(("factoring", [Part("factor in float64", formula, factor)]))
         rows = [block.linears[name][0] for name in group]
         size = max(rows) * n
@@ -234,24 +234,22 @@ def _solving(
             size = min(size, holding.weights)
         stack = sum(rows) * n if solves and model.cuda and holding.blocks else size  # swept as one, or one by one
         own = Part("its factor", "2n² packed, else 4n²", kept)
-        squares = Part(
-            "inverses of its squares", f"{INVERSES}n · {BLOCK}", INVERSES * n * min(n, BLOCK) if solves else 0
-        )
         each = SWEEP.get(method, SCORE)
-        found.append(("solving a layer", [own, squares, Part("linears at work", f"{each}N", each * stack)]))
+        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
         # CUDA: some columns of H, both parts of them and a product
-        matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram) else 0
+        matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram, StreamGram) else 0
         error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
         found.append(("verifying", [own, error]))
     return found
 
 
-def _factor(n: int, holding: Holding) -> tuple[int, int, str]:
+def _factor(n: int, cuda: bool, holding: Holding) -> tuple[int, int, str]:
     """Bytes of a factor of n inputs while it is computed and later, and the formula."""
-    if holding.packed:
+    if cuda and holding.packed:
         both = [each * n * (n + min(n, WIDTH)) for each in PACKED]
         return both[0] + PANELS * n * min(n, WIDTH), both[1], f"{PACKED[0]}n² and panels of {WIDTH}"
-    return FACTOR * n * n, FACTOR_KEPT * n * n, f"{FACTOR}n²"
+    each = FACTOR["cuda" if cuda else "cpu"]
+    return each * n * n, FACTOR_KEPT * n * n, f"{each}n²"
 
 
 def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement: bool) -> list[Moment]:

@@ -228,7 +228,7 @@ def test_alps_aimed_is_near_the_best_of_all_masks_for_the_dense_models_outputs()
     for seed in range(6):
         x, given = inputs(columns=12, tokens=200, seed=seed), layer(rows=4, columns=12, seed=seed)
         now = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=torch.Generator().manual_seed(seed)))
-        gram = sk.CrossGram.empty(12, CPU)
+        gram = sk.StreamGram.empty(12, CPU)
         gram.pair(x, now)
         outputs = x.double() @ given.source.double().t()
         free = torch.linalg.lstsq(now.double(), outputs).solution.t()
@@ -243,6 +243,29 @@ def test_alps_aimed_is_near_the_best_of_all_masks_for_the_dense_models_outputs()
     assert min(ratios["alps_aimed"]) >= 1 - 1e-4  # nothing is better than the best of all
     assert full < 1.2
     assert full < half < none
+
+
+def test_what_the_stream_lacks_is_part_of_the_target():
+    """Against the best of all masks for the outputs and what the stream lacks together."""
+    ratios = {0.0: [], 1.0: []}
+    for seed in range(4):
+        x, given = inputs(columns=12, tokens=200, seed=seed), layer(rows=4, columns=12, seed=seed)
+        random = torch.Generator().manual_seed(seed)
+        now = x @ (torch.eye(12) + 0.2 * torch.randn(12, 12, generator=random))
+        lacking = now @ (0.3 * torch.randn(12, 4, generator=random)) + 0.1 * torch.randn(200, 4, generator=random)
+        gram = sk.StreamGram.empty(12, CPU)
+        gram.pair(x, now)
+        gram.owe(lacking, now)
+        goal = x.double() @ given.source.double().t() + lacking.double()
+        free = torch.linalg.lstsq(now.double(), goal).solution.t()
+        rest = (goal - now.double() @ free.t()).square().sum() / len(x)
+        matrix = now.double().t() @ now.double() / len(x)
+        least = float(rest) + sum(best_of_all(row, matrix, Pattern(2, 4)) for row in free)
+        for owed, found in ratios.items():
+            pruned = method("alps", "alps_aimed").function(given, gram, share=1.0, owed=owed).weight
+            found.append(float((goal - now.double() @ pruned.double().t()).square().sum() / len(x)) / least)
+    assert min(ratios[1.0]) >= 1 - 1e-4
+    assert sum(ratios[1.0]) / 4 < 1.2 < sum(ratios[0.0]) / 4
 
 
 # OWL
