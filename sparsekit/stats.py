@@ -15,6 +15,7 @@ from sparsekit.sweep.root import Root, reversed_factor, root_in_place
 
 CORE_TOKENS = 128  # tokens that tensor cores add up without rounding losses that show (kernels/products.py)
 PRODUCT_BYTES = 2**28  # of the partial sums that are held at a time
+FEWEST = 32  # columns of a product whose other half is worth leaving out, on a CPU
 DAMP_LADDER = (1, 3, 10, 30, 100)  # multiples of the asked damping, tried in this order
 
 
@@ -134,8 +135,7 @@ class Gram:
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             self._add_narrow(x.contiguous())
         else:
-            wide = x.float()
-            self.sum.addmm_(wide.t(), wide)
+            self._add_wide(x.float())
         if x.is_cuda:
             self.absolute += torch.linalg.vector_norm(x, 1, dim=0, dtype=torch.float32)
         else:
@@ -157,6 +157,14 @@ class Gram:
             self.sum += torch.bmm(steps.mT, steps, out_dtype=torch.float32).sum(0)
             if whole < len(part):
                 self.sum += torch.mm(part[whole:].t(), part[whole:], out_dtype=torch.float32)
+
+    def _add_wide(self, x: Tensor) -> None:
+        """Add tokens in float32; of many inputs to the upper triangle, with some of what is below its diagonal."""
+        width = max(FEWEST, len(self._sum) // 4)  # of a part: 5 of 8 products are left
+        for start in range(0, x.shape[1], width):
+            stop = start + width
+            self._sum[:stop, start:stop].addmm_(x[:, :stop].t(), x[:, start:stop])
+        self._upper |= width < x.shape[1]
 
     @property
     def sum(self) -> Tensor:
@@ -260,20 +268,17 @@ class Gram:
     def root(self, damp: float, order: Tensor | None = None) -> tuple[Root, float]:
         """Upper root G of the damped Gram matrix, H + damp·mean(diag H)·I = G Gᵀ; U is its inverse.
 
-        Arguments, damping and errors as in `inverse_factor`. Computed in float64, which on an H100
-        takes no longer than float32 (17 ms for 11008 inputs); the inverse would take 46 ms more. There
-        it takes 12 bytes an entry besides the sum, and 4 where the roots are to be `packed`.
+        Arguments, damping and errors as in `inverse_factor`, which costs four times as much. Computed in
+        float64, which on an H100 takes no longer than float32 (17 ms for 11008 inputs; the inverse would take
+        46 ms more). It takes 12 bytes an entry besides the sum, and 4 where the roots are to be `packed`.
         """
         key = (damp, _order_key(order))
         if key not in self._roots:
             if self.packed:
                 self._roots[key] = root_in_panels(self.sum, self.tokens, self.ladder, damp, order)
-            elif self.sum.is_cuda:
+            else:
                 matrix, used = root_in_place(self.sum, self.tokens, self.ladder, damp, order)
                 self._roots[key] = Root(matrix), used
-            else:
-                lower, used = reversed_factor(self.sum, self.tokens, self.ladder, damp, order)
-                self._roots[key] = Root(lower.flip(0, 1).float().contiguous()), used
         return self._roots[key]
 
 

@@ -67,7 +67,8 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     found = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if function._schema.is_mutable:
-        return args[0] if kwargs.get("out") is None else kwargs["out"]
+        outs = [kwargs[argument.name] for argument in function._schema.arguments if argument.is_out]
+        return args[0] if not outs else outs[0] if len(outs) == 1 else tuple(outs)
     return tree_map(lambda value: Wrapped(value) if isinstance(value, Tensor) else value, found) if goes else found
 
 

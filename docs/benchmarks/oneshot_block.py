@@ -30,35 +30,35 @@ class SparseGptClass:
 
     def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
         self._linear = linear
-        self._solver = module.SparseGPT(linear)
+        self.solver = module.SparseGPT(linear)
 
     def add(self, x: Tensor) -> None:
         """Take a sample's inputs."""
-        self._solver.add_batch(x.unsqueeze(0), x)
+        self.solver.add_batch(x.unsqueeze(0), x)
 
     def solve(self) -> None:
         """Prune in place."""
         with contextlib.redirect_stdout(io.StringIO()), on_any_device():  # it prints a line for each layer
-            self._solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
-        self._solver.free()
+            self.solver.fasterprune(0.0, prunen=2, prunem=4, percdamp=0.01, blocksize=128)
+        self.solver.free()
 
 
 class AutoGptqClass:
     """AutoGPTQ's GPTQ class as a `bench.Side`."""
 
     def __init__(self, linear: nn.Linear, module: ModuleType) -> None:
-        self._solver = module.GPTQ(linear)
-        self._solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
+        self.solver = module.GPTQ(linear)
+        self.solver.quantizer.configure(4, perchannel=True, sym=True, mse=False)
 
     def add(self, x: Tensor) -> None:
         """Take a sample's inputs."""
-        self._solver.add_batch(x.unsqueeze(0), x)
+        self.solver.add_batch(x.unsqueeze(0), x)
 
     def solve(self) -> None:
         """Quantize in place."""
         with on_any_device():
-            self._solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
-        self._solver.free()
+            self.solver.fasterquant(percdamp=0.01, group_size=128, actorder=False, static_groups=False)
+        self.solver.free()
 
 
 @contextlib.contextmanager
@@ -78,17 +78,11 @@ def package(name: str, directory: Path) -> None:
     sys.modules[name] = module
 
 
-def block(
-    sparsegpt: Path | None,
-    autogptq: Path | None,
-    small: bool,
-    theirs: int,
-    recursion: bool,
-    limit: float,
-    told: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """The whole block; the authors' classes after ours if they are there, and the recursion last if asked for."""
-    others: dict[str, dict[str, Callable[[nn.Linear], bench.Side]]] = {}
+def authors(
+    sparsegpt: Path | None, autogptq: Path | None
+) -> dict[str, dict[str, Callable[[nn.Linear], SparseGptClass | AutoGptqClass]]]:
+    """The authors' classes by job and name, as far as their files are there."""
+    others: dict[str, dict[str, Callable[[nn.Linear], SparseGptClass | AutoGptqClass]]] = {}
     if sparsegpt is not None:
         package("authors_sparsegpt", sparsegpt)
         sys.path.insert(0, str(sparsegpt))  # its modules import one another by plain names
@@ -99,6 +93,20 @@ def block(
         package("auto_gptq.quantization", autogptq / "auto_gptq" / "quantization")
         module = importlib.import_module("auto_gptq.quantization.gptq")
         others["gptq int4 g128"] = {"AutoGPTQ class": partial(AutoGptqClass, module=module)}
+    return others
+
+
+def block(
+    sparsegpt: Path | None,
+    autogptq: Path | None,
+    small: bool,
+    theirs: int,
+    recursion: bool,
+    limit: float,
+    told: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """The whole block; the authors' classes after ours if they are there, and the recursion last if asked for."""
+    others = authors(sparsegpt, autogptq)
     console = Console(width=120)
     shape = bench.SMALL if small else bench.LLAMA_7B
     result: dict[str, Any] = {"shape": asdict(shape)}

@@ -25,13 +25,14 @@ from sparsekit.kernels.oneshot import WIDE
 from sparsekit.models.shapes import BlockSizes, ModelSizes
 from sparsekit.quadratic import PANEL
 from sparsekit.stats import CORE_TOKENS, PRODUCT_BYTES, Gram, InputNorm
+from sparsekit.sweep.obs import BLOCK
 from sparsekit.sweep.panels import WIDTH
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
-# Bytes an entry of a Gram matrix while it is factored. CPU: factor, identity, inverse and its turned copy in
-# float64, the float32 result. CUDA takes the root: the matrix in sweep order, and in float64 the factor over it.
-FACTOR = {"cpu": 40, "cuda": 12}
-FACTOR_KEPT = 4  # U or its root in float32, kept for the other linears of the group
+# Bytes an entry of a Gram matrix while its root is computed: the matrix in sweep order, in float64 the root over it.
+FACTOR = 12
+INVERSES = 28  # bytes an entry of the squares on a root's diagonal while they are inverted, in float64
+FACTOR_KEPT = 4  # the root in float32, kept for the other linears of the group
 PACKED = (4, 2)  # both, of a root in panels; besides them some panels: as gathered, in float64, divided
 PANELS = 20  # bytes an entry of a panel
 SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
@@ -226,7 +227,7 @@ def _solving(
     solves = kind is Gram and method in ("gptq", "sparsegpt")
     for group in block.groups:
         n = block.linears[group[0]][1]
-        factor, kept, formula = _factor(n, model.cuda, holding) if solves else (0, 0, "0")
+        factor, kept, formula = _factor(n, holding) if solves else (0, 0, "0")
         found.append(("factoring", [Part("factor in float64", formula, factor)]))
         rows = [block.linears[name][0] for name in group]
         size = max(rows) * n
@@ -234,8 +235,11 @@ def _solving(
             size = min(size, holding.weights)
         stack = sum(rows) * n if solves and model.cuda and holding.blocks else size  # swept as one, or one by one
         own = Part("its factor", "2n² packed, else 4n²", kept)
+        squares = Part(
+            "inverses of its squares", f"{INVERSES}n · {BLOCK}", INVERSES * n * min(n, BLOCK) if solves else 0
+        )
         each = SWEEP.get(method, SCORE)
-        found.append(("solving a layer", [own, Part("linears at work", f"{each}N", each * stack)]))
+        found.append(("solving a layer", [own, squares, Part("linears at work", f"{each}N", each * stack)]))
         # CUDA: some columns of H, both parts of them and a product
         matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram, StreamGram) else 0
         error = Part("error of one linear", f"{VERIFY}N + a Gram matrix", VERIFY * size + matrix)
@@ -243,13 +247,12 @@ def _solving(
     return found
 
 
-def _factor(n: int, cuda: bool, holding: Holding) -> tuple[int, int, str]:
+def _factor(n: int, holding: Holding) -> tuple[int, int, str]:
     """Bytes of a factor of n inputs while it is computed and later, and the formula."""
-    if cuda and holding.packed:
+    if holding.packed:
         both = [each * n * (n + min(n, WIDTH)) for each in PACKED]
         return both[0] + PANELS * n * min(n, WIDTH), both[1], f"{PACKED[0]}n² and panels of {WIDTH}"
-    each = FACTOR["cuda" if cuda else "cpu"]
-    return each * n * n, FACTOR_KEPT * n * n, f"{each}n²"
+    return FACTOR * n * n, FACTOR_KEPT * n * n, f"{FACTOR}n²"
 
 
 def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement: bool) -> list[Moment]:

@@ -45,16 +45,15 @@ def prepared(
 ) -> tuple[LinearState, Tensor | Root]:
     """The layer with the weights of dead inputs zeroed, and its factor, rows and columns in `order`.
 
-    The factor is U on a CPU, and on CUDA the root, which costs a quarter there, unless the `inverse`
-    is asked for. Dead inputs, and a damping that had to be raised, are noted on the layer.
+    The factor is the root, or U, which costs four times as much, if the `inverse` is asked for. Dead inputs,
+    and a damping that had to be raised, are noted on the layer.
 
     Raises:
         NumericsError: Weights or activations are not finite, or no damping of the ladder helps.
     """
     if not torch.isfinite(layer.source).all():
         raise NumericsError("weights are not finite (inf or NaN)", layer=layer.name)
-    rooted = layer.source.is_cuda and not inverse
-    factor, used = gram.root(damp, order) if rooted else gram.inverse_factor(damp, order)
+    factor, used = gram.inverse_factor(damp, order) if inverse else gram.root(damp, order)
     if used > damp:
         layer = layer.noted(damping_note(damp, used))
     if dead := int(gram.dead.sum()):

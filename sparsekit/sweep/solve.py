@@ -17,6 +17,8 @@ from sparsekit.quant import Grid
 
 SUB_BLOCK = 16  # columns between two updates of the rest of a block; on CPU 8 to 64 differ by 5 % (solver_cpu.py)
 
+AT_ONCE = 2**14  # pairs of entries that are all compared at once: a few calls in place of many
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
@@ -90,12 +92,16 @@ def best(score: Tensor, count: int) -> Tensor:
     Args:
         score: [m, out].
     """
-    beaten_by = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
-    for i in range(len(score) - 1):
-        wins = score[i + 1 :] > score[i]
-        beaten_by[i] += wins.sum(0, dtype=torch.int16)
-        beaten_by[i + 1 :] += ~wins
-    return beaten_by < count
+    if len(score) * score.numel() > AT_ONCE:
+        beaten_by = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
+        for i in range(len(score) - 1):
+            wins = score[i + 1 :] > score[i]
+            beaten_by[i] += wins.sum(0, dtype=torch.int16)
+            beaten_by[i + 1 :] += ~wins
+        return beaten_by < count
+    wins = score.unsqueeze(0) > score.unsqueeze(1)  # the second over the first
+    earlier = torch.ones(len(score), len(score), dtype=torch.bool, device=score.device).tril_(-1)
+    return torch.where(earlier.unsqueeze(-1), ~wins.transpose(0, 1), wins).sum(1) < count
 
 
 def _rounded(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
