@@ -83,3 +83,20 @@ def _place(error: BaseException, file: str) -> str:
         return file  # it was not even entered: its arguments are not those it is called with
     place, last = f"{own[-1].filename}:{own[-1].lineno}", frames[-1]
     return place if last is own[-1] else f"{place}, in {last.filename}:{last.lineno}"
+
+
+def foreign_sources(*defined: Callable[..., Any] | None) -> list[Path]:
+    """The files of functions and classes that are not sparsekit's; of those in a package, all files of that package.
+
+    What decides a result has to be told apart when it is edited, also where a plugin is more than one file.
+    """
+    found: set[Path] = set()
+    for each in defined:
+        if each is None or each.__module__.startswith("sparsekit."):
+            continue
+        found.add(Path(inspect.getfile(inspect.unwrap(each))))
+        package, _, inside = each.__module__.partition(".")
+        place = sys.modules[package].__file__ if package in sys.modules else None
+        if place is not None and (inside or Path(place).name == "__init__.py"):
+            found.update(Path(place).parent.rglob("*.py"))
+    return sorted(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from sparsekit.crossgram import CrossGram, StreamGram
 from sparsekit.errors import ContractError, PluginError, SparsekitError
 from sparsekit.evaluation.measures import EVALUATORS, Measure, evaluator
 from sparsekit.formats import FORMATS
+from sparsekit.planning.fingerprint import code_digest
 from sparsekit.registry import METHODS
 from sparsekit.reporting import sections as reporting
 from sparsekit.reporting.sections import SECTIONS, Section
@@ -393,3 +396,40 @@ def test_a_method_that_does_not_run_fails_once_with_its_line(tmp_path):
     said = told("check", "sauce", "--plugin", str(plugin))
     assert said.count("has no attribute 'sauce'") == 1 and "(/" in said
     assert "not tried, since it fails at 'runs': purity" in said and "'sauce' breaks 1 of 17 promises" in said
+
+
+PACKAGED = """\
+import sparsekit as sk
+from packaged_plugin.inner.statistic import Norm
+
+
+@sk.linear_method("packaged", kind="prune", stats=Norm)
+def packaged(layer: sk.LinearState, x: Norm, /, *, pattern: sk.Pattern = sk.Pattern(2, 4)) -> sk.LinearState:
+    return layer.masked(pattern.keep(layer.source.abs() * x.norm))
+"""
+
+
+def test_an_edit_anywhere_in_a_plugins_package_is_another_step(tmp_path, monkeypatch):
+    package = tmp_path / "packaged_plugin"
+    (package / "inner").mkdir(parents=True)
+    for folder in (package, package / "inner"):
+        (folder / "__init__.py").write_text("")
+    (package / "method.py").write_text(PACKAGED)
+    statistic = package / "inner" / "statistic.py"
+    statistic.write_text("from sparsekit.stats import InputNorm\n\n\nclass Norm(InputNorm):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("packaged_plugin.method")
+    first = code_digest(METHODS.get("packaged"))
+    assert len(first) == 1 + 4 and code_digest(METHODS.get("packaged")) == first
+    statistic.write_text(statistic.read_text() + "\n    far = True\n")
+    assert code_digest(METHODS.get("packaged")) != first
+    for name in [name for name in sys.modules if name.startswith("packaged_plugin")]:
+        del sys.modules[name]
+
+
+def test_one_file_and_what_is_built_in_have_the_digests_of_their_files(tmp_path):
+    plugin = example("clipped.py", tmp_path)
+    METHODS.load_path(plugin)
+    method = METHODS.get("by_largest")
+    assert code_digest(method) == [method.digest, method.digest]
+    assert code_digest(METHODS.get("wanda")) == [METHODS.get("wanda").digest]

@@ -20,6 +20,7 @@ from sparsekit.files import write_json
 from sparsekit.kept import sealed, sha256_file, unsealed
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
+from sparsekit.pluginfile import foreign_sources
 from sparsekit.recipe import Recipe, TextEntry
 
 EVALUATION_TOKENS = {"cpu": 4096, "cuda": 32768}  # of one forward while scoring
@@ -192,7 +193,7 @@ def measures_basis(recipe: Recipe) -> dict[str, Any]:
     return {
         measure.title: {
             **measure.as_dict(),
-            "sha256": measure.evaluator.origin.sha256,
+            "sha256": [sha256_file(path) for path in foreign_sources(measure.evaluator.function)],
             "content": entry_digest(texts[measure.text], recipe.resolve),
         }
         for measure in recipe.evaluate.measures

@@ -15,7 +15,9 @@ from sparsekit import __version__
 from sparsekit.errors import ModelError, RecipeError
 from sparsekit.kept import sha256_file
 from sparsekit.models.locate import locate
+from sparsekit.pluginfile import foreign_sources
 from sparsekit.recipe import Recipe, Step
+from sparsekit.registry import Method
 
 NOT_READ = "not read"  # in place of the digest of a model whose files are not read
 FULL_DIGEST_BYTES = 8 * 2**30  # weight files beyond this are told apart by header, size and date
@@ -27,9 +29,9 @@ def step_fingerprint(upstream: str, step: Step, selected: Sequence[str], seed: i
         [
             upstream,
             step.method.name,
-            step.method.digest,
+            code_digest(step.method),
             step.params.model_dump(mode="json"),
-            step.allocate and [step.allocate.as_dict(), step.allocate.method.digest],
+            step.allocate and [step.allocate.as_dict(), code_digest(step.allocate.method)],
             sorted(selected),
             step.schedule,
             seed,
@@ -38,6 +40,11 @@ def step_fingerprint(upstream: str, step: Step, selected: Sequence[str], seed: i
             torch.__version__,
         ]
     )
+
+
+def code_digest(method: Method) -> list[str]:
+    """Of the file of a method, and of whatever else of a plugin its result depends on: its statistic, its package."""
+    return [method.digest, *map(sha256_file, foreign_sources(method.function, method.stats))]
 
 
 def digest_of(value: Any) -> str:
