@@ -5,7 +5,6 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from test_pairing import BREAKS_AT, TOKENS, pairs
 from torch import nn
 
 from sparsekit.blockwise.walk import Walk
@@ -16,6 +15,7 @@ from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.registry import METHODS, linear_method
 
+TOKENS = torch.randint(0, 128, (7, 16), generator=torch.Generator().manual_seed(1))
 SEEN: dict[str, StreamGram] = {}
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def streams_of(view, blocks):
 
 def test_the_walk_sums_what_the_stream_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.blockwise.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
-    SEEN.clear(), BREAKS_AT.clear()
+    SEEN.clear()
     view = ModelView.open(families.save("llama", tmp_path / "model"), device="cpu")
     store = StepStore(tmp_path / "step", view.dtype)
     names = [name for index in range(len(view.blocks)) for name in view.linears(index)]
@@ -120,8 +120,10 @@ def test_the_walk_sums_what_the_stream_lacks(tmp_path, monkeypatch):
 
 
 def owing(tokens=200):
-    dense, now = pairs()
-    lacking = torch.randn(tokens, 5, generator=torch.Generator().manual_seed(7)) + now[:, :5]
+    random = torch.Generator().manual_seed(0)
+    dense = torch.randn(tokens, 16, generator=random)
+    now = dense @ (torch.eye(16) + 0.1 * torch.randn(16, 16, generator=random))
+    lacking = torch.randn(tokens, 5, generator=random) + now[:, :5]
     gram = StreamGram.empty(16, CPU)
     for part in (slice(0, 70), slice(70, None)):
         other = StreamGram.empty(16, CPU)
