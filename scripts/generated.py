@@ -124,7 +124,7 @@ def promises() -> str:
     parts = []
     for noun, checks in told.items():
         rows = [f"| `{check.__name__}` | {_escaped(summary(check))} |" for check in checks]
-        parts.append("\n".join([f"| promise of a{'n' * (noun[0] in 'aeiou')} {noun} | |", "|---|---|", *rows]) + "\n")
+        parts.append("\n".join([f"| {noun} | what it promises |", "|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
 

@@ -77,7 +77,7 @@ def headline(folder: str = "") -> str:
         ("GPTQ int4", runs["gptq-int4"][0], sizes["GPTQ int4"]),
         ("SparseGPT 2:4", runs["sparsegpt-2to4"][0], None),
         (f"[ALPS, aimed]({folder}plugins.md#alps_aimed): 2:4 in one shot", aimed["final"]["valid"]["perplexity"], None),
-        (f"[AST]({folder}methods/ast.md) 2:4, 26.2 M tokens, 68 s of training", runs["ast"][0], None),
+        (f"[AST]({folder}methods/ast.md) 2:4, 26.2 M tokens", runs["ast"][0], None),
         ("AST 2:4, 99.6 M tokens", longer, None),
         ("AST 2:4, 26.2 M tokens, then GPTQ int4", runs["ast-gptq4-base"][0], sizes["AST, then GPTQ int4"]),
     ]
@@ -145,3 +145,23 @@ def blocks() -> str:
             )
         lines.append(f"| {title} | {theirs['seconds']:.1f} s | {theirs['error']:.5f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def decoding(folder: str = "") -> str:
+    """How fast a token of a 7B shape comes, in a paragraph; pages are in `folder`."""
+    found = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())["7b"]
+    runs, block = found["models"], found["linears"]["block"]["batches"]
+    (dense, quick), (packed, fast) = (
+        tuple(runs["model"][f"{form}, batch 1{how}"]["ms"] for how in ("", ", fused"))
+        for form in ("bf16", "2:4 + int4")
+    )
+    held = [runs["memory"][form]["allocated"] / 1e9 for form in ("2:4 + int4", "bf16")]
+    ours, (int4, bf16) = block["1"]["2:4 + int4"]["us"], (block["1"][form]["us"] for form in ("int4", "bf16"))
+    told = (
+        f"[`sparsekit generate`]({folder}generate.md) runs 2:4 + int4 as it is packed.",
+        f"On one H100 a token of a model of Llama 7B's shape takes {packed:.1f} ms and {held[0]:.1f} GB,",
+        f"in bf16 {dense:.1f} ms and {held[1]:.1f} GB; with `--fuse` {fast:.1f} and {quick:.1f} ms.",
+        f"The linears of a block are {int4 / ours:.2f} times faster than from dense int4",
+        f"and {bf16 / ours:.1f} times faster than in bf16. For 64 tokens at once bf16 was faster.",
+    )
+    return textwrap.fill(" ".join(told), 118, break_long_words=False, break_on_hyphens=False) + "\n"
