@@ -6,8 +6,10 @@ The device is faked: more windows than it takes raise torch's own error.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from click.testing import CliRunner
@@ -64,6 +66,41 @@ def test_statistics_and_the_advance_are_those_of_larger_batches(stream, monkeypa
         assert torch.allclose(own.matrix, other.matrix, rtol=1e-4, atol=1e-6)
     stream.advance(0)
     assert torch.allclose(stream.hidden, left, rtol=1e-4, atol=1e-6)
+
+
+def test_forwards_end_where_nothing_more_is_collected(stream):
+    groups = stream.view.groups(0, *stream.sample(0))
+    expected = stream.collect(0, groups, Gram)
+    called = Counter()
+    for name, linear in stream.view.linears(0).items():
+        linear.register_forward_hook(lambda module, x, y, name=name: called.update([name.rpartition(".")[2]]))
+    stream.micro_batch = 2
+    found = stream.collect(0, groups, Gram)
+    assert called == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 5),
+        "down_proj": 1,
+    }
+    for own, other in zip(found, expected, strict=True):
+        assert own.tokens == other.tokens
+        assert torch.allclose(own.matrix, other.matrix, rtol=1e-4, atol=1e-6)
+    called.clear()
+    stream.collect(0, groups[:1], Gram)
+    assert called["q_proj"] == called["o_proj"] == 1
+
+
+@pytest.mark.parametrize("family", families.MIXTURES)
+def test_experts_get_all_their_tokens(family, tmp_path):
+    view = ModelView.open(families.save(family, tmp_path), device="cpu")
+    tokens = torch.randint(0, 128, (12, 5), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stream = Activations.begin(view, tokens)
+        with resident(view, 0, view.dense_block(0)):
+            groups = view.groups(0, *stream.sample(0))
+            expected = stream.collect(0, groups, Gram)
+            for stream.micro_batch in (1, 3):
+                for own, other in zip(stream.collect(0, groups, Gram), expected, strict=True):
+                    assert own.tokens == other.tokens
+                    assert torch.allclose(own.matrix, other.matrix, rtol=1e-3, atol=1e-5)
 
 
 def test_an_advance_that_fails_halfway_does_not_begin_again(stream, monkeypatch):

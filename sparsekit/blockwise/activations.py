@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from sparsekit.models.view import Call, ModelView
 from sparsekit.shortage import half, twice
 from sparsekit.stats import Statistic, added, begun
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # enough to fill the unit, little enough for its memory
 DEVICE_SHARE = 0.25  # of the free device memory that the activation buffer may take; beyond it stays on the host
 WAITING_SHARE = 0.5  # of the free device memory, or of the host's, that waiting micro-batches may take
@@ -108,21 +110,23 @@ class Activations:
     ) -> list[Statistic]:
         linears = self.view.linears(index)
         statistics = [begun(kind, linears[group[0]].in_features, self.view.device) for group in groups]
+        calls = _Calls(len(groups))
         handles = [
-            linears[group[0]].register_forward_pre_hook(self.feeder(group[0], statistic, finite=finite))
-            for group, statistic in zip(groups, statistics, strict=True)
+            linears[group[0]].register_forward_pre_hook(
+                calls.counted(number, self.feeder(group[0], statistic, finite=finite))
+            )
+            for number, (group, statistic) in enumerate(zip(groups, statistics, strict=True))
         ]
         try:
             for part in self._batches():
-                self.view.run_block(index, *self.enter(index, part))
+                with calls.forward():
+                    self.view.run_block(index, *self.enter(index, part))
         finally:
             for handle in handles:
                 handle.remove()
         return statistics
 
-    def feeder(
-        self, name: str, statistic: Statistic, *, finite: bool
-    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def feeder(self, name: str, statistic: Statistic, *, finite: bool) -> Hook:
         """A hook at the input of the group that begins with the linear `name`: adds its tokens to a statistic."""
 
         def feed(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -202,6 +206,42 @@ class Activations:
     def _left(self, index: int, part: slice) -> Tensor:
         """What the resident block makes of a micro-batch, where the buffer is."""
         return self.view.run_block(index, *self.enter(index, part)).to(self.hidden.device)
+
+
+class _Enough(Exception):
+    """What was to be collected of a forward is collected; the rest of it need not be run."""
+
+
+class _Calls:
+    """How often a forward reaches each group.
+
+    Once a whole forward has reached each of them once, later ones end when they have reached them all. Where
+    some are reached more often, or not always, as experts are, forwards go on to the end.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._now, self._once = [0] * groups, False
+
+    def counted(self, number: int, feed: Hook) -> Hook:
+        """A hook that counts a group's calls."""
+
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            feed(module, arguments)
+            self._now[number] += 1
+            if self._once and all(self._now):
+                raise _Enough
+
+        return hook
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """One forward, which may end early."""
+        self._now = [0] * len(self._now)
+        try:
+            yield
+        except _Enough:
+            return
+        self._once = all(count == 1 for count in self._now)
 
 
 def waiting_bytes(width: int, widest: int, element: int) -> int:

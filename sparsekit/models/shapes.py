@@ -41,6 +41,11 @@ class BlockSizes:
         """Width of the input of each group."""
         return [self.linears[group[0]][1] for group in self.groups]
 
+    def before(self, group: int) -> float:
+        """Share of the weights of all groups that a forward has passed when it reaches one of them."""
+        sizes = [sum(out * into for out, into in map(self.linears.__getitem__, names)) for names in self.groups]
+        return sum(sizes[:group]) / sum(sizes)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:

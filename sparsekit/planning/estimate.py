@@ -175,9 +175,12 @@ class Estimator:
         solving = sum(self.bench.method_seconds(planned, block).values())
         passes = 0.0
         if kind is not None and tokens:
-            rounds = len(block.groups) * (not waiting) if in_order else 1  # who waits is run once
             updates = sum(self.bench.statistic_seconds(kind, inputs) for inputs in block.inputs())
             windows = self.sizes.micro_batch(samples, seq_len, holding.tokens) // seq_len
+            last = len(block.groups) - 1
+            ends = [] if waiting else range(last + 1) if in_order else [last]  # who waits is run once
+            whole = windows / samples  # the first micro-batch; later ones end where nothing more is collected
+            rounds = sum(whole + (1 - whole) * block.before(end) for end in ends)
             forward = self.forward_seconds(windows, seq_len)
             looks = windows * seq_len * forward  # one forward shows which linears share an input
             passes = tokens * (forward * (1 + rounds) + updates) + looks
