@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import NumericsError
-from sparsekit.sweep.root import Root, refuse
+from sparsekit.sweep.root import Root, refuse, reordered
 
 WIDTH = 768  # columns of a panel: large enough for products, little beside the whole
 
@@ -59,7 +59,7 @@ def _panel(total: Tensor, tokens: int, level: Tensor, start: int, stop: int, ord
     if order is None:
         found = total[:stop, start:stop] / tokens
     else:
-        found = total[order[:stop].unsqueeze(1), order[start:stop]].div_(tokens)
+        found = reordered(total, order[:stop], order[start:stop]).div_(tokens)
     panel = found.double()
     panel[start:].diagonal().copy_(level[start:stop])
     return panel

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsekit.errors import NumericsError
 
+ROWS = 2048  # of a matrix that are reordered at a time
+
 
 class Root:
     """The upper root G of a damped Gram matrix, H = G Gᵀ.
@@ -141,15 +143,22 @@ def refuse(total: Tensor, tokens: int) -> None:
 
 
 def _reversed_into(work: Tensor, total: Tensor, tokens: int, damp: float, order: Tensor | None) -> None:
-    """The damped matrix with its inputs from the last in `order` to the first, float64."""
-    dead = total.diagonal() == 0
-    if order is None:
-        turned = total.flip(0, 1)
-    else:
-        back = order.flip(0)
-        turned, dead = total[back.unsqueeze(1), back], dead[order]
-    work.copy_(turned.div_(tokens))
+    """The damped matrix with its inputs from the last in `order` to the first, float64, some rows at a time."""
+    back = torch.arange(len(total), device=total.device).flip(0) if order is None else order.flip(0)
+    for start in range(0, len(total), ROWS):
+        rows = back[start : start + ROWS]
+        work[start : start + ROWS] = reordered(total, rows, back).div_(tokens)
     level = work.diagonal()
     mean = level.mean()
-    level.masked_fill_(dead.flip(0), 1.0)
+    level.masked_fill_((total.diagonal() == 0)[back], 1.0)
     level += damp * mean
+
+
+def reordered(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some rows of some columns of a matrix, by their numbers.
+
+    Indexing with both at once would write out both numbers of every entry on CUDA, 16 bytes each.
+    """
+    if len(rows) < len(columns):
+        return matrix.index_select(0, rows).index_select(1, columns)
+    return matrix.index_select(1, columns).index_select(0, rows)
