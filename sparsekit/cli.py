@@ -130,12 +130,11 @@ def report(run_directory: Path, deploy: bool) -> None:
     from rich.console import Console
 
     from sparsekit.deployed import add_card
-    from sparsekit.files import read_json
-    from sparsekit.reporting.report import write_report
+    from sparsekit.reporting.report import kept_report, write_report
     from sparsekit.terminal.console import Terminal
 
     terminal = Terminal(Console())
-    found = add_card(run_directory, terminal) if deploy else read_json(run_directory / "report.json")
+    found = add_card(run_directory, terminal) if deploy else kept_report(run_directory)
     terminal.closed(found, write_report(found, run_directory))
 
 

@@ -47,6 +47,8 @@ PIECE = 1 << 18  # characters of a piece at least; 16 of them keep 16 cores busy
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # One line end between two characters that are no white space: byte-level and word pre-tokenizers split there.
 SEAM = re.compile(r"\S\n(?=\S)")
+WORD = re.compile(r"\w(?= \w)")  # the same within a line of many pieces, as minified code and some dumps are
+LONG = 16 * PIECE  # characters of a line that is not waited for to its end
 CONTEXT = 256  # characters each side of a seam that the tokenizer is asked about
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -227,7 +229,7 @@ def stream(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
     for lines in _whole_lines(blocks):
         rest += line.sub("", lines)
         if len(rest) >= PIECE:
-            at = _seam(rest, encode)
+            at = _seam(rest, encode, SEAM) or (len(rest) >= LONG and _seam(rest, encode, WORD))
             if at:
                 yield rest[:at]
                 rest = rest[at:]
@@ -235,9 +237,9 @@ def stream(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
         yield rest
 
 
-def _seam(text: str, encode: Encode) -> int:
-    """The last place where the tokenizer splits for certain, or 0."""
-    last = [found.end() for found in SEAM.finditer(text, max(0, len(text) - PIECE // 4))][-8:]
+def _seam(text: str, encode: Encode, places: re.Pattern[str]) -> int:
+    """The last of some places where the tokenizer splits for certain, or 0."""
+    last = [found.end() for found in places.finditer(text, max(0, len(text) - PIECE // 4))][-8:]
     for at in reversed(last):
         left, right = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
         whole, first, second = encode([left + right, left, right])
@@ -247,15 +249,23 @@ def _seam(text: str, encode: Encode) -> int:
 
 
 def _whole_lines(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in blocks that end with a line end, all but the last."""
+    """The same text in blocks that end with a line end, all but the last, and those of a line that is too long.
+
+    What is left of such a line begins with a space, so that no separator is seen where there is none.
+    """
     parts: list[str] = []
+    held = 0
     for block in blocks:
         for piece in (block[at : at + PIECE] for at in range(0, len(block), PIECE)):
             head, end, tail = piece.rpartition("\n")
-            if end:
+            if not end and held >= LONG:
+                head, end, tail = piece.rpartition(" ")
+                end, tail = "", end + tail
+            if end or (held >= LONG and head):
                 yield "".join([*parts, head, end])
-                parts = []
+                parts, held = [], 0
             parts.append(tail)
+            held += len(tail)
     if last := "".join(parts):
         yield last
 

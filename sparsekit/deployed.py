@@ -9,12 +9,12 @@ from sparsekit.checkpoint import StepStore
 from sparsekit.errors import CheckpointError
 from sparsekit.evaluation.deploy import deploy_card
 from sparsekit.evaluation.scoring import Watcher
-from sparsekit.files import RunLock, read_json
+from sparsekit.files import RunLock
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.opening import open_view
 from sparsekit.recipe import read_recipe
-from sparsekit.reporting.report import write_report
+from sparsekit.reporting.report import kept_report, write_report
 
 
 def add_card(directory: Path, watcher: Watcher, *, view: ModelView | None = None) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def add_card(directory: Path, watcher: Watcher, *, view: ModelView | None = None
     Raises:
         CheckpointError: The run is not finished, or its steps are gone.
     """
-    report: dict[str, Any] = read_json(directory / "report.json")
+    report = kept_report(directory)
     if not report["steps"] or "shared" not in report:
         raise CheckpointError(f"{directory} keeps no steps to measure; run the recipe again with this version")
     view = view or open_view(read_recipe(directory / "recipe.yaml"))

@@ -16,6 +16,8 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.tensorfile import Digest, Part, parts_of
 
+ROOM = 24  # characters that the name of a temporary file is longer than the file's
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole: temporary file, fsync, rename, fsync of the directory.
@@ -65,8 +67,8 @@ def read_json(path: Path) -> Any:
         CheckpointError: The file is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
@@ -90,6 +92,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def check_writable(directory: Path) -> None:
+    """Refuse a directory that is not there and cannot be made, or that takes no files, before hours are spent on it.
+
+    Raises:
+        CheckpointError: With what stands in the way.
+    """
+    try:
+        there = next(place for place in (directory, *directory.parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise CheckpointError(f"cannot write {directory}: {there} is no directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise CheckpointError(f"cannot write {directory}: {there} may not be written")
+        long = [part for part in directory.parts if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX") - ROOM]
+    except (OSError, ValueError) as error:  # a ValueError is a zero character
+        raise CheckpointError(f"cannot write {str(directory)!r:.200}: {error}") from error
+    if long:
+        raise CheckpointError(f"cannot write {directory!s:.200}: {len(long[0])} characters are too long a name")
 
 
 class RunLock:
@@ -124,4 +145,5 @@ def remove_temporaries(directory: Path) -> None:
 
 
 def _temporaries(directory: Path) -> Iterator[Path]:
-    return directory.rglob(".*.tmp") if directory.is_dir() else iter(())
+    found = directory.rglob(".*.tmp") if directory.is_dir() else iter(())
+    return (path for path in found if path.name.split(".")[-2].isdecimal())  # of ours has a process in its name

@@ -15,7 +15,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 from torch import Tensor
 
-from sparsekit.errors import MethodError
+from sparsekit.errors import MethodError, NumericsError
 
 Scope = Literal["row", "layer"]
 NOT_FINITE = "a pruning score is NaN; the weights or the calibration activations are not finite"
@@ -70,7 +70,7 @@ class Pattern:
             raise ValueError(f"pattern {text} is a number{hint or ', expected N:M in quotes, as in 2:4'}")
         if not isinstance(text, str):
             raise ValueError(f'pattern {text!r} is not text, expected "N:M" as in "2:4"')
-        if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
+        if match := re.fullmatch(r"\s*([0-9]+)\s*:\s*([0-9]+)\s*", text):
             return cls(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"\s*unstructured\s+([0-9.eE+-]+)\s*", text):
             return cls.unstructured(float(match[1]))
@@ -108,7 +108,8 @@ class Pattern:
         Returns:
             Boolean mask [out, in], True = kept.
         Raises:
-            MethodError: The row length is no multiple of M, or a score is NaN.
+            MethodError: The row length is no multiple of M.
+            NumericsError: A score is NaN.
         """
         self._check(score)
         mask = self._on_device(score, None, absolute=False) if score.is_cuda else None
@@ -142,13 +143,13 @@ class Pattern:
             return None
         mask, invalid = kernel(score, norm, self, absolute=absolute)
         if int(invalid):
-            raise MethodError(NOT_FINITE)
+            raise NumericsError(NOT_FINITE)
         return mask
 
     def keep_reference(self, score: Tensor, *, per: Scope = "row") -> Tensor:
         """`keep` in plain torch: what runs on a CPU, and what the kernel is tested against."""
         if torch.isnan(score).any():
-            raise MethodError(NOT_FINITE)
+            raise NumericsError(NOT_FINITE)
         if self.structured:
             groups = score.reshape(*score.shape[:-1], -1, self.m)  # [out, in/m, m]
             return _rank(groups).lt(self.n).reshape(score.shape)

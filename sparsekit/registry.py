@@ -177,7 +177,7 @@ class Registry:
         Raises:
             PluginError: The file is missing, fails, or registers nothing.
         """
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
         if str(path) in self._loaded:
             return
         before = self.arrivals

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sparsekit.checkpoint import StepStore
 from sparsekit.data import entry_digest, load_tokenizer, token_windows
-from sparsekit.errors import GateError
+from sparsekit.errors import CheckpointError, GateError
 from sparsekit.evaluation.basis import basis
 from sparsekit.evaluation.scoring import Scoring, Twin
-from sparsekit.files import RunLock, remove_temporaries, write_text
+from sparsekit.files import RunLock, check_writable, remove_temporaries, write_text
 from sparsekit.interchange.exports import export_all
 from sparsekit.interchange.hfdir import check_place
 from sparsekit.listener import Listener
@@ -90,6 +90,9 @@ class Run:
         self.scoring.texts()
         self.scoring.check_tasks()
         self._check_teachers()
+        check_writable(self.directory.absolute())
+        if self.directory.resolve() == self.view.path:
+            raise CheckpointError(f"{self.directory} is the model itself; choose another output directory")
         for name in self.recipe.export.formats:
             check_place((self.recipe.export_directory() / name).absolute(), self.view.path)
 

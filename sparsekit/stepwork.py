@@ -56,6 +56,10 @@ class StepWork:
 
     def apply(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
         """Do a step's work; returns what it wants remembered."""
+        with self.view.blamed():
+            return self._apply(planned, chain, store)
+
+    def _apply(self, planned: PlannedStep, chain: Chain, store: StepStore) -> dict[str, Any]:
         method = planned.step.method
         self.view.load_rest(chain.rest())
         if method.scope == "model" and planned.step.gpus > 1:

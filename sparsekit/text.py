@@ -50,6 +50,10 @@ def locate_text(path: str, resolve: Resolve) -> Path:
     file = Path(resolve(path))
     if file.is_dir():
         raise DataError(f"text {file} is a directory; name its files, as in path: [{file.name}/part-00.txt, ...]")
+    if file.exists() and not file.is_file():
+        raise DataError(f"text {file} is a pipe or a device; name a file")
+    if file.is_symlink() and not file.exists():
+        raise DataError(f"text {file} is a link to {file.readlink()}, which is not there")
     if not file.is_file():
         siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         where = "" if file.parent.is_dir() else f" (there is no directory {file.parent})"

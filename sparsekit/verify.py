@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.errors import MethodError, PatternError
+from sparsekit.errors import MethodError, NumericsError, PatternError
 from sparsekit.ladder import rungs_of
 from sparsekit.pattern import Pattern
 from sparsekit.quant import QuantizedWeight
@@ -135,7 +135,7 @@ class Examined:
         layer = self.proven.name
         infinite, changed, branch, revived, negative, violations, sparsity, error = counts
         if infinite:
-            raise MethodError("the method returned values that are not finite", layer=layer)
+            raise NumericsError("the method returned values that are not finite", layer=layer)
         if changed:
             raise PatternError(CHANGED[self.kind], layer=layer)
         if branch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,12 +107,34 @@ def directory(name: str) -> Spoil:
     return spoil
 
 
+def link(name: str, to: str) -> Spoil:
+    """Put a link where a file was."""
+
+    def spoil(base: Path) -> None:
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(to.replace("BASE", str(base)))
+
+    return spoil
+
+
+def pipe(name: str) -> Spoil:
+    """Put a pipe that nobody writes to where a file was."""
+
+    def spoil(base: Path) -> None:
+        (base / name).unlink(missing_ok=True)
+        os.mkfifo(base / name)
+
+    return spoil
+
+
 def index(content: str) -> Spoil:
     return put("model/model.safetensors.index.json", content)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').write_text('')\nclass C: pass\n"
+NEO = {"model_type": "gpt_neo", "max_position_embeddings": 150_000, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+       "attention_types": [[["global", "local"], 1]], "vocab_size": 8192}  # fmt: skip
 MODELS: list[tuple[str, Spoil, str]] = [
     ("no config", without("config.json"), "holds no config.json"),
     ("empty config", put("model/config.json", "{}"), "no causal LM"),
@@ -168,6 +191,26 @@ MODELS: list[tuple[str, Spoil, str]] = [
     ("index outside", index(json.dumps({"weight_map": {UP: "../../x.safetensors"}})), "outside"),
     ("index no JSON", index("{"), "index.json"),
     ("index a list", index("[]"), "index.json"),
+    ("weights are a pipe", pipe("model/model.safetensors"), "model.safetensors is no file"),
+    ("weights without an end", link("model/model.safetensors", "/dev/zero"), "model.safetensors is no file"),
+    ("weights of a cleared cache", link("model/model.safetensors", "/gone"), "points to /gone, which is not there"),
+    ("index of a cleared cache", link("model/model.safetensors.index.json", "/gone"), "points to /gone"),
+    ("config is a pipe", pipe("model/config.json"), "config.json is no file"),
+    ("tokenizer is a pipe", pipe("model/tokenizer.json"), "tokenizer.json is no file"),
+    ("generation config is a list", put("model/generation_config.json", "[]"), "generation_config.json is no JSON obj"),
+    ("cut generation config", put("model/generation_config.json", '{"a'), "generation_config.json is no JSON"),
+    ("too many experts", config(model_type="mixtral", num_hidden_layers=8000, num_local_experts=8000), "8000 experts"),
+    ("a mask of 45 GB", put("model/config.json", json.dumps(NEO)), "asks for 45.0 GB of tables beside the weights"),
+    ("truth values for weights", tensors(lambda found: found.update({UP: found[UP] > 0})), "stored as torch.bool"),
+    ("complex weights", tensors(lambda found: found.update({UP: found[UP] + 1j})), "stored as torch.complex64"),
+    ("whole numbers for weights", tensors(lambda found: found.update({UP: found[UP].long()})), "as torch.int64"),
+    ("float8 and its scale", tensors(lambda found: found.update({UP: found[UP].to(torch.float8_e4m3fn),
+                                     f"{UP}_scale_inv": torch.ones(1)})), f"does not say that {UP} is quantized"),
+    ("NaN in a weight", tensors(lambda found: found[UP].fill_(float("nan"))), f"{UP} holds 8,192 values that are inf"),
+    ("too large for its dtype", written("device: cpu", "device: cpu, dtype: float16",
+                                        tensors(lambda found: found[UP].fill_(1e30))), "inf or NaN in float16"),
+    ("path of 300 letters", written("/model,", f"/{'m' * 300},"), "File name too long"),
+    ("path of nobody", written("BASE/model,".replace("BASE", ""), "/~nobody/model,"), "is no directory"),
     ("path to nowhere", written("/model,", "/modle,"), "Did you mean 'model'?"),
     ("path is a file", written("/model,", "/text.txt,"), "is no directory"),
     ("hub name without network", written("BASE/model,".replace("BASE", ""), "/../meta/llama,"), "is no directory"),
@@ -181,6 +224,10 @@ TEXTS: list[tuple[str, Spoil, str]] = [
     ("empty text", put("text.txt", ""), "is empty"),
     ("latin text", put("text.txt", b"caf\xe9 " * 500), "is not UTF-8"),
     ("binary text", put("text.txt", bytes(range(256)) * 20), "is not UTF-8"),
+    ("text is a pipe", pipe("text.txt"), "is a pipe or a device"),
+    ("text without an end", link("text.txt", "/dev/zero"), "is a pipe or a device"),
+    ("text links to itself", link("text.txt", "BASE/text.txt"), "is a link to"),
+    ("text of 300 letters", written(CALIBRATION, CALIBRATION.replace("text", "t" * 300)), "File name too long"),
     ("short text", put("text.txt", "a few words"), "holds 0 windows"),
     ("too few windows", written("samples: 2, seq_len: 16}\n  eval", "samples: 9999, seq_len: 16}\n  eval"),
      "9999 asked"),
@@ -270,6 +317,11 @@ PLACES: list[tuple[str, Spoil, str]] = [
                                       written("/model,", "/dense,")), "is the model itself"),
     ("export over other files", written("evaluate:", "export: {directory: BASE/x}\nevaluate:", put("x/dense/y", "z")),
      "holds no sparsekit export"),
+    ("output is the model", written("output: ", "output: BASE/model #"), "is the model itself"),
+    ("output of 300 letters", written("/out\n", f"/{'o' * 300}\n"), "300 characters are too long a name"),
+    ("export into a file", written("evaluate:", "export: {directory: BASE/text.txt}\nevaluate:"), "is no directory"),
+    ("pattern in other digits", written("{method: gptq, group_size: 16}", '{method: magnitude, pattern: "２:４"}'),
+     "is not understood"),
     ("empty groups", written("group_size: 16", "group_size: 0"), "bad.yaml:8: group_size 0 is no number of inputs"),
     ("groups of less", written("group_size: 16", "group_size: -2"), "group_size -2 is no number of inputs"),
     ("output below a file", written("output: ", "output: BASE/text.txt/below #"), "cannot write"),

@@ -110,6 +110,25 @@ def test_long_texts_really_are_cut(monkeypatch, tokenizer):
     assert len(list(data.stream([prose(20_000)], encoder(sentencepiece_like())[0]))) == 1
 
 
+@pytest.mark.parametrize("make", [None, sentencepiece_like, llama3_like], ids=["tiny", "sentencepiece", "llama3"])
+@pytest.mark.parametrize(("piece", "long"), [(64, 300), (500, 500), (100, 2000)])
+def test_lines_without_an_end_are_cut_as_well(monkeypatch, tmp_path, windows, tokenizer, make, piece, long):
+    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(data, "LONG", long)
+    monkeypatch.setattr(text, "BLOCK", 970)
+    used = make() if make else tokenizer
+    written = prose(8000).replace("\n", " ") + "\n" + END + "\n" + prose(8000, seed=1).replace("\n", " ")
+    (tmp_path / "a.txt").write_bytes(written.encode())
+    whole = used(blanked(written), add_special_tokens=False, verbose=False)["input_ids"]
+    found = windows(entry_of(str(tmp_path / "a.txt"), seq_len=8), tokenizer=used)
+    assert found.flatten().tolist() == whole[: found.numel()]
+    if make is None and long <= piece * 5:
+        assert len(list(data.stream([written], encoder(used)[0]))) > 4
+        (tmp_path / "a.txt").write_bytes(written.encode() + b"\xff")  # past the pool: never read
+        monkeypatch.setattr(data, "POOL", 3)
+        windows(entry_of(str(tmp_path / "a.txt"), seq_len=8, samples=5), tokenizer=used, cache=tmp_path / "other")
+
+
 @pytest.mark.parametrize("piece", [5, 40, 1 << 18])
 def test_every_document_is_followed_by_the_end_token(monkeypatch, tmp_path, windows, tokenizer, piece):
     monkeypatch.setattr(data, "PIECE", piece)

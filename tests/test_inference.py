@@ -590,8 +590,8 @@ def test_a_model_without_its_tokenizer_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "generation_config.json cannot be read: It looks like"),
-        ("[]", "generation_config.json cannot be read: "),
+        ("{", "generation_config.json is no JSON: "),
+        ("[]", "generation_config.json is no JSON object"),
         ('{"eos_token_id": "x"}', "generation_config.json: eos_token_id is 'x', expected a token"),
         ('{"eos_token_id": [2, 3]}', None),
         ('{"eos_token_id": [2, "x"]}', "eos_token_id is [2, 'x'], expected a token"),

@@ -119,7 +119,9 @@ class Scoring:
         batch = max(1, EVALUATION_TOKENS[self.view.device.type] // entry.seq_len)
         agreements = Agreements()
         scored = forward if dense is None else agreements.between(forward, dense)
-        result = perplexity(scored, self.windows(entry), batch=batch, progress=self.watcher.progress).as_dict()
+        windows = self.windows(entry)
+        with self.view.blamed():
+            result = perplexity(scored, windows, batch=batch, progress=self.watcher.progress).as_dict()
         return result if dense is None else {**result, "agreement": agreements.as_dict()}
 
     def measures(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, dict[str, float]]:

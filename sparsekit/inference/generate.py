@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekit.errors import DataError, RecipeError
+from sparsekit.errors import DataError, NumericsError, RecipeError, SparsekitError, in_one_line
 from sparsekit.inference.decoder import Decoder
 from sparsekit.inference.load import bytes_of
 
+PATIENCE = 10.0  # seconds for a chat template
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # as configurations call it
 
 
@@ -62,6 +64,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
         chat: Put it as a user's turn into the tokenizer's chat template.
     Raises:
         RecipeError: The prompt is empty or no text, or there is no chat template.
+        DataError: The chat template fails.
     """
     if not prompt.strip():
         raise RecipeError("the prompt is empty: --prompt needs some text to go on from")
@@ -73,11 +76,37 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
         raise RecipeError("--chat needs a tokenizer with a chat template, and this one has none; leave --chat out")
     else:
         turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = _in_template(tokenizer, turn)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise RecipeError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}")
     return torch.tensor([ids])
+
+
+def _in_template(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """The turns in the chat template of a tokenizer: a program of the model's, which Jinja runs in a sandbox.
+
+    Raises:
+        DataError: It fails, or goes on for longer than `PATIENCE`.
+    """
+    before, end = sys.gettrace(), time.monotonic() + PATIENCE
+
+    def watch(*_: Any) -> Any:
+        if time.monotonic() > end:
+            raise DataError(f"the tokenizer's chat template takes more than {PATIENCE:g} seconds; leave --chat out")
+        return watch
+
+    sys.settrace(watch)  # no other way ends a loop that yields nothing
+    try:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except SparsekitError:
+        raise
+    except Exception as error:  # a template may fail in any way
+        told = f"{type(error).__name__}: {in_one_line(error)}"
+        raise DataError(f"the tokenizer's chat template fails: {told}; leave --chat out") from error
+    finally:
+        sys.settrace(before)
+    return str(text)
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -144,6 +173,7 @@ def stream(
         stats: Filled in as it goes.
     Raises:
         RecipeError: A setting makes no sense, or the prompt leaves no room in the context.
+        NumericsError: The model computes NaN.
     """
     check_settings(max_tokens, temperature, seed)
     room = check_request(model, tokens, max_tokens)
@@ -167,6 +197,8 @@ def _stream(
         torch.cuda.reset_peak_memory_stats(decoder.device)
     begun = time.perf_counter()
     decoder.prefill(tokens)
+    if bool(decoder.logits.isnan().any()):
+        raise NumericsError("the model computes NaN after the prompt; `sparsekit inspect` tells whether it holds any")
     if temperature:
         decoder.choose(temperature, generator)
     (token,) = decoder.read()()

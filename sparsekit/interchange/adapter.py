@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsekit.branch import Branch, attach
 from sparsekit.checkpoint import BRANCH as PARTS
 from sparsekit.checkpoint import BlockState
-from sparsekit.errors import CheckpointError
+from sparsekit.errors import CheckpointError, in_one_line
 from sparsekit.files import read_json, read_tensors, write_json, write_tensors
 from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
 from sparsekit.quant import Grid, QuantizedWeight
@@ -176,19 +176,31 @@ def read_adapter(directory: Path) -> dict[str, Branch]:
     """The branches of an export by linear.
 
     Raises:
-        CheckpointError: A tensor is missing or a file damaged.
+        CheckpointError: A tensor is missing, a file damaged, or not one of ours.
     """
-    if (directory / ADAPTER / OUR_CONFIG).is_file():
-        return _read_integers(directory / ADAPTER)
-    config = read_json(directory / ADAPTER / CONFIG)
-    tensors, _ = read_tensors(directory / ADAPTER / WEIGHTS)
+    place = directory / ADAPTER
+    if (place / OUR_CONFIG).is_file():
+        try:
+            return _read_integers(place)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a configuration may be wrong in any way
+            told = f"{type(error).__name__}: {in_one_line(error)}"
+            raise CheckpointError(f"{place / OUR_CONFIG} is not one of ours: {told}") from error
+    config = read_json(place / CONFIG)
+    names = config.get("target_modules") if isinstance(config, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{place / CONFIG} has no target_modules, a list of linears")
+    tensors, _ = read_tensors(place / WEIGHTS)
     branches: dict[str, Branch] = {}
-    for name in config["target_modules"]:
+    for name in names:
         try:
             down, up = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
         except KeyError as error:
-            raise CheckpointError(f"{directory / ADAPTER} lacks {error}") from error
-        branches[name] = Branch(up, down, length=down.shape[1] // down.shape[0])
+            raise CheckpointError(f"{place} lacks {error}") from error
+        if down.dim() != 2 or up.dim() != 2 or not len(down) or len(down) != up.shape[1] or down.shape[1] % len(down):
+            raise CheckpointError(f"{place}: {name} has branches {list(down.shape)} and {list(up.shape)}, no pair")
+        branches[name] = Branch(up, down, length=down.shape[1] // len(down))
     return branches
 
 

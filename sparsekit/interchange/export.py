@@ -218,7 +218,7 @@ def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: Exported
             trust_remote_code=view.trust_remote_code,
             attn_implementation=view.config._attn_implementation,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise CheckpointError(f"Transformers cannot open the export {directory}: {error}") from error
     model = model.to(view.device).eval()
     if (directory / ADAPTER).is_dir():

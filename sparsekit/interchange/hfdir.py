@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.files import read_json, write_json
+from sparsekit.files import check_writable, read_json, write_json
 from sparsekit.kept import sha256_file
 
 MAX_SHARD = 5 * 10**9  # bytes, the customary size of Hugging Face shards
@@ -36,11 +36,12 @@ TOKENIZER_FILES = (
 
 
 def check_place(directory: Path, source: Path) -> None:
-    """Refuse to write an export over the model itself or over something that is no export.
+    """Refuse to write an export over the model itself, over something that is no export, or where nothing can be.
 
     Raises:
         CheckpointError: With the directory.
     """
+    check_writable(directory)
     if directory.resolve() == source.resolve():
         raise CheckpointError(f"{directory} is the model itself; export to another directory")
     empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))

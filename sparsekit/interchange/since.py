@@ -54,7 +54,7 @@ def marker_of(directory: Path) -> dict[str, Any]:
     for name, known in [*files.items(), *companions.items()]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path} names {name}, which is outside the directory")
-        if not isinstance(known, dict) or not {"bytes", "sha256"} <= known.keys():
+        if not isinstance(known, dict) or not (type(known.get("bytes")) is int and type(known.get("sha256")) is str):
             raise CheckpointError(f"{path} has no digest of {name}")
     return marker
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class LayerLook:
         sparsity: Share of exact zeros.
         pattern: What every group holds, as in "2:4"; "unstructured" or "dense" where there is no such thing.
         counted: The pattern violations are counted of, None for none.
+        not_finite: Values that are inf or NaN.
         groups: Groups counted.
         violations: Groups with more non-zeros than `counted` allows.
         bits: Bits of a code, None for plain values.
@@ -54,6 +55,7 @@ class LayerLook:
     sparsity: float
     pattern: str
     counted: str | None
+    not_finite: int
     groups: int
     violations: int
     bits: int | None
@@ -99,6 +101,7 @@ def look(state: LinearState, dtype: str, counted: Pattern | None) -> LayerLook:
         sparsity=float((weight == 0).float().mean()),
         pattern=detected(weight),
         counted=str(counted) if applies else None,
+        not_finite=int((~torch.isfinite(weight)).sum()),
         groups=counted.groups(weight) if counted is not None and applies else 0,
         violations=counted.violations(weight) if counted is not None and applies else 0,
         bits=quantized.bits if quantized else None,
@@ -145,8 +148,17 @@ def inspect_model(path: str, *, pattern: Pattern | None = None) -> dict[str, Any
         return {**_base(directory), **found, "layers": _layers(lambda: iter(states.values()), "as stored", pattern)}
     dtype = str(view.dtype).removeprefix("torch.")
     layers, about = _layers(lambda: _linears(view), dtype, pattern), _architecture(view)
-    notes = dict.fromkeys([*view.notes, *changes(directory, weights=True)])  # all weights are read here anyway
-    return {**_base(directory), **about, "notes": list(notes), "layers": layers}
+    notes = [*view.notes, *changes(directory, weights=True), *_striking(layers, pattern)]  # all is read here anyway
+    return {**_base(directory), **about, "notes": list(dict.fromkeys(notes)), "layers": layers}
+
+
+def _striking(layers: Sequence[Mapping[str, Any]], pattern: Pattern | None) -> Iterator[str]:
+    """What the table of layers would not show, a sentence each."""
+    broken = [layer["name"] for layer in layers if layer["not_finite"]]
+    if broken:
+        yield f"{len(broken)} linears hold inf or NaN: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}"
+    if pattern is not None and not any(layer["counted"] for layer in layers):
+        yield f"the groups of {pattern} divide the inputs of no layer: nothing was counted"
 
 
 def _base(directory: Path) -> dict[str, Any]:

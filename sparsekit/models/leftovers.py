@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sparsekit.errors import ModelError
 
 COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias)$")  # buffers that older releases stored and newer ones compute
+SCALE = re.compile(r"(?<=\.)weight_(scale|scale_inv|zero_point)$")  # of a quantized weight
 NUMBER = re.compile(r"\.\d+\.")  # of a block
 SHOWN = 3
 
@@ -49,8 +50,8 @@ class Leftovers:
         Args:
             where: The directory, for the message.
         Raises:
-            ModelError: A second tensor of a tied pair has other values, or a linear that has no bias has
-                one that is not 0.
+            ModelError: A second tensor of a tied pair has other values, a linear that has no bias has
+                one that is not 0, or a weight has a scale that nobody multiplies it with.
         """
         for name in self._names:
             twin, found = self._twin(name), ""
@@ -58,6 +59,8 @@ class Leftovers:
                 found = f"ties {name} to {twin}, and the files hold both with other values"
             elif self._bias(name) and bool(self._stored(name).any()):
                 found = f"gives {name.removesuffix('.bias')} no bias, and the files hold one that is not 0"
+            elif (weight := SCALE.sub("weight", name)) != name and weight in self._read:
+                found = f"does not say that {weight} is quantized, and the files hold {name}"
             if found:
                 raise ModelError(f"{where}: config.json {found}: it is not the configuration of these weights")
 

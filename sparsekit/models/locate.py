@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sparsekit.errors import ModelError, in_one_line, nearest
 
 MOST = 8192  # layers, experts or heads
+MOST_EXPERTS = 2**17  # of all layers together
+MOST_BUFFERS = 2**31  # bytes
 COUNT = re.compile(r"(n|num)_(.*_)?(layers?|experts?|heads?)")
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,15 +40,34 @@ def locate(path: str, *, allow_network: bool = False) -> Path:
             there = ", ".join(names) or "none in this installation"
             raise ModelError(f"no built-in model {name!r}; there is {there}.{nearest(name, names)}")
         return ASSETS / name
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))  # Path.expanduser raises on an unknown ~user
     if directory.is_dir():
+        _check_files(directory)
         if not (directory / "config.json").is_file():
             raise ModelError(f"{directory} holds no config.json, so it is no Hugging Face model")
-        return directory.resolve()
+        return Path(os.path.realpath(directory))
     if allow_network and not directory.is_absolute():
         return _download(path)
     hint = nearest(directory.name, _models(directory.parent))
     raise ModelError(f"model {path} is no directory.{hint} A hub id needs allow_network: true in the recipe")
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse what looks like a file of a model and is a pipe or a device, which nobody could read to its end.
+
+    Raises:
+        ModelError: With its name; for a link to nothing, as of a cache that was cleared, with where it points.
+    """
+    try:
+        found = sorted(directory.iterdir())
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error.strerror}") from error
+    for path in found:
+        if path.suffix in READ and not path.is_file():
+            lost = path.is_symlink() and not path.exists()
+            raise ModelError(
+                f"{path} points to {path.readlink()}, which is not there" if lost else f"{path} is no file"
+            )
 
 
 def _models(parent: Path) -> list[str]:
@@ -59,6 +83,21 @@ def _download(name: str) -> Path:
     return Path(found)
 
 
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a model says.
+
+    Raises:
+        ModelError: It is no JSON object.
+    """
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return raw
+
+
 def _check_counts(directory: Path) -> None:
     """Refuse a configuration that is none, or that asks for so many modules that building them would never end.
 
@@ -66,18 +105,36 @@ def _check_counts(directory: Path) -> None:
         ModelError: With the key.
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is no JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} is no JSON object")
+    raw = _object(path)
+    if (directory / "generation_config.json").is_file():
+        _object(directory / "generation_config.json")
     if not isinstance(raw.get("quantization_config") or {}, dict):
         raise ModelError(f"{path}: quantization_config is no mapping")
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        for key, value in part.items():
-            if COUNT.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST:
+        counts = {key: value for key, value in part.items() if COUNT.fullmatch(key) and isinstance(value, int)}
+        for key, value in counts.items():
+            if not 0 <= value <= MOST:
                 raise ModelError(f"{path}: {key} is {value}, and no model has less than 0 or more than {MOST}")
+        layers, experts = (max((n for k, n in counts.items() if word in k), default=1) for word in ("layer", "expert"))
+        if layers * experts > MOST_EXPERTS:
+            raise ModelError(f"{path}: {layers} layers of {experts} experts are more than {MOST_EXPERTS} in all")
+
+
+def _check_buffers(config: PreTrainedConfig) -> None:
+    """Refuse a configuration whose tables of positions and masks would fill the memory when the model is built.
+
+    Raises:
+        ModelError: With their size.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = AutoModelForCausalLM.from_config(config)
+    except Exception:  # told of when it is built in earnest; a few classes look at values, and cannot be built without
+        return
+    size = sum(buffer.nbytes for buffer in module.buffers())
+    if size > MOST_BUFFERS:
+        raise ModelError(f"config.json asks for {size / 1e9:.1f} GB of tables beside the weights; no model needs that")
 
 
 @contextmanager
@@ -96,9 +153,13 @@ def skeleton(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     _check_counts(directory)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        if not trust_remote_code:  # code that is trusted may do as it likes
+            _check_buffers(config)
         with warnings.catch_warnings(), init_empty_weights(include_buffers=False):
             warnings.simplefilter("ignore")  # of torch, about initial values that nobody will use
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:  # a configuration may be wrong in any way, and the model's class finds out
         raise ModelError(f"{directory} holds no causal LM transformers can build: {in_one_line(error)}") from error
     if not isinstance(module, PreTrainedModel):

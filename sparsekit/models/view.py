@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import HOST, BlockState, Stored
-from sparsekit.errors import ModelError
+from sparsekit.errors import ModelError, NumericsError
 from sparsekit.formats.base import Setting, Storage
 from sparsekit.models.arch import Origin, canonicalise
 from sparsekit.models.groups import Producer, find_producers, shared_inputs
@@ -282,6 +282,25 @@ class ModelView:
         origin = self._origins.get(name, Origin(name))
         experts = sum(other.name == origin.name for other in self._origins.values())
         return origin.take(self._weights.read(origin.name, origin.shape(self._shapes[name], experts)))
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Add to an error about numbers that the model's own files hold an inf or NaN, when they do.
+
+        All files are read for it, and only then: nobody wants to wait for that before every run.
+        """
+        try:
+            yield
+        except NumericsError as error:
+            found = next(filter(None, map(self._not_finite, self._shapes)), "")
+            if not found:
+                raise
+            raise NumericsError(f"{error}; {self.path}: {found}") from error
+
+    def _not_finite(self, name: str) -> str:
+        broken = int((~torch.isfinite(self._read(name).to(self.dtype))).sum())
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{name} holds {broken:,} values that are inf or NaN in {kind}" if broken else ""
 
     def _place(self, name: str, value: Tensor) -> None:
         self._set(name, value.to(self.dtype).to(self.device, self.compute_dtype, copy=True))

@@ -166,6 +166,8 @@ class Weights:
                 tensor: Tensor = file.get_tensor(self._names[name])
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read {name} from {path}: {error}") from error
+        if not tensor.is_floating_point():
+            raise ModelError(f"{path}: {name} is stored as {tensor.dtype}, and weights are floating-point numbers")
         if list(tensor.shape) != list(shape):
             raise ModelError(f"{path}: {name} has shape {list(tensor.shape)}, the model expects {list(shape)}")
         return tensor

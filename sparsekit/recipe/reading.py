@@ -135,9 +135,9 @@ def load_plugins(document: Document, extra: Sequence[Path]) -> None:
             siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
             hint = "" if file.exists() else f".{nearest(file.name, siblings)}"
             raise RecipeError(f"{error}{hint}", where=document.where(("plugins", index))) from error
-    added = [str(path.resolve()) for path in extra]
+    added = [os.path.realpath(path) for path in extra]
     if added:
-        here = {str((base / os.path.expanduser(item)).resolve()) for item in written}
+        here = {os.path.realpath(base / os.path.expanduser(item)) for item in written}
         document.values["plugins"] = [*written, *(item for item in added if item not in here)]
 
 

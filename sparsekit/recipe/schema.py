@@ -67,7 +67,7 @@ class Recipe(BaseModel):
         found = Path(self._document.file).parent / written
         if self.allow_network and not written.is_absolute() and path[0] != "." and not found.exists():
             return path
-        return str(found.resolve())
+        return os.path.realpath(found)  # Path.resolve raises on links that go round in a circle
 
     def output_directory(self) -> Path:
         """Where the run is kept."""

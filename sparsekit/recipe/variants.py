@@ -17,6 +17,7 @@ are told with the line of the comparison file.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -66,7 +67,7 @@ class Arms:
     @property
     def place(self) -> Path:
         """Where the comparison goes when nobody says."""
-        return Path(self.output).expanduser() if self.output else Path("runs") / self.name
+        return Path(os.path.expanduser(self.output)) if self.output else Path("runs") / self.name
 
 
 def read_arms(paths: Sequence[Path], overrides: Sequence[str] = (), *, plugins: Sequence[Path] = ()) -> Arms:

@@ -12,9 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
-from sparsekit.files import write_json, write_text
+from sparsekit.errors import CheckpointError, in_one_line
+from sparsekit.files import read_json, write_json, write_text
 from sparsekit.reporting.charts import curve_charts, error_map
 from sparsekit.reporting.findings import headline, memory_notes, no_gains, numerics_notes, protocols
 from sparsekit.reporting.numerals import JOINED
@@ -48,10 +49,30 @@ def write_report(report: Record, directory: Path) -> dict[str, Path]:
     """
     files = {"report": "report.html", "json": "report.json", "markdown": "report.md"}
     paths = {kind: directory / name for kind, name in files.items()}
+    pages = {"markdown": markdown(report), "report": html(report)}  # before anything is written
     write_json(paths["json"], finite(report))
-    write_text(paths["markdown"], markdown(report))
-    write_text(paths["report"], html(report))
+    for kind, page in pages.items():
+        write_text(paths[kind], page)
     return paths
+
+
+def kept_report(directory: Path) -> dict[str, Any]:
+    """The data of a finished run's report.
+
+    Raises:
+        CheckpointError: There is none, or pages cannot be made of it: somebody changed it, or another version wrote it.
+    """
+    path = directory / "report.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no report.json: no finished run")
+    report = read_json(path)
+    try:
+        markdown(report)
+    except (LookupError, TypeError, AttributeError, ValueError, TemplateError) as error:
+        told = f"{type(error).__name__}: {in_one_line(error)}"
+        raise CheckpointError(f"{path} is no report of this version ({told}); run the recipe again") from error
+    found: dict[str, Any] = report
+    return found
 
 
 def finite(value: Any) -> Any:

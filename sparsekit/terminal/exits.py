@@ -46,6 +46,15 @@ def named_errors_nothing_kept(command: Callable[..., Any]) -> Callable[..., Any]
     return _ending(command, "stopped")
 
 
+def _verbose() -> bool:
+    return bool(click.get_current_context().find_root().params.get("verbose"))
+
+
+def _tell(message: str) -> None:
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(message, err=True)
+
+
 def _ending(command: Callable[..., Any], stopped: str) -> Callable[..., Any]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -53,11 +62,17 @@ def _ending(command: Callable[..., Any], stopped: str) -> Callable[..., Any]:
             with _terminable():
                 return command(*args, **kwargs)
         except SparsekitError as error:
-            if click.get_current_context().find_root().params.get("verbose"):
+            if _verbose():
                 raise
-            click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(error), err=True)
+            _tell(str(error))
             sys.exit(error.exit_code)
+        except (
+            OSError
+        ) as error:  # a file that may not be read, a name that is too long: nothing to look up in a traceback
+            if error.filename is None or _verbose():
+                raise
+            _tell(f"cannot use {error.filename!s:.200}: {error.strerror}; sparsekit -v shows where")
+            sys.exit(SparsekitError.exit_code)
         except (KeyboardInterrupt, _Terminated) as error:
             click.echo(stopped, err=True)
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 143)

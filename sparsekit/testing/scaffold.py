@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +24,10 @@ def new_method(name: str, kind: str, directory: Path) -> tuple[Path, Path]:
     """
     if kind not in KINDS:
         raise PluginError(f"no kind {kind!r}; there are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise PluginError(f"name {name!r} must be lower case letters, digits and _, as in my_pruner")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise PluginError(
+            f"name {name!r} must be lower case letters, digits and _, and no word of Python, as in my_pruner"
+        )
     for suite in SUITES:
         if name in suite.names():
             raise PluginError(f"the name {name!r} is taken ({suite.noun}); choose another one")

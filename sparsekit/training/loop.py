@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekit.errors import CheckpointError, MethodError
+from sparsekit.errors import CheckpointError, MethodError, NumericsError
 from sparsekit.files import read_json, write_json
 from sparsekit.kernels import Kernels
 from sparsekit.shortage import half, twice
@@ -34,6 +34,7 @@ CHECKPOINT_SECONDS = 120.0
 LENGTH = "length.json"  # number of steps of a run that a budget in minutes sized
 WARMED, MEASURED = 3, 4  # steps before and in the measurement of a step
 ASKED = 10  # steps between questions whether it is time, when several processes must agree
+MOST_LOSS = 700.0  # exp of more is no float64
 LOGGED = 100  # lines of the log of a whole run, about
 VALIDATED = 10  # held-out scores of a whole run
 
@@ -240,9 +241,10 @@ class Fit:
         record |= {name: float(value) / count for name, value in self._sums.items()}
         record |= {name: float(value) for name, value in noted.items()}
         if not math.isfinite(record["loss"]):
-            raise MethodError(f"the loss is {record['loss']} at step {done}; lower lr, or train in a wider dtype")
+            raise NumericsError(f"the loss is {record['loss']} at step {done}; lower lr, or train in a wider dtype")
         if with_valid and self.job.valid is not None:
-            record["valid_perplexity"] = math.exp(mean_loss(self.job.student, self.job.valid, self.micro_batch))
+            loss = mean_loss(self.job.student, self.job.valid, self.micro_batch)
+            record["valid_perplexity"] = math.exp(min(loss, MOST_LOSS))
             self.job.world.rest(self.job.student)
         self._sums.clear()
         self.job.log(record)

@@ -7,6 +7,7 @@ A task file has the harness's own format. Files come from this package and from 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class TaskFile:
             raise DataError(f"task {self.name} needs evaluate.lm_eval.tasks_dir, the directory with its data")
         labels = kwargs.get("labels", {})
         for file in (*kwargs["data_files"].values(), *labels.values()):
-            if not (directory / str(file)).resolve().is_relative_to(directory.resolve()):
+            if not Path(os.path.realpath(directory / str(file))).is_relative_to(os.path.realpath(directory)):
                 raise DataError(f"{self.path}: data file {file} is outside {directory}")
         splits = {
             split: read_rows(self.name, directory / file, directory / labels[split] if split in labels else None)
