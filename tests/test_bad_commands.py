@@ -96,7 +96,7 @@ COMMANDS = [
     ("branches that are no pair", PROMPT, adapter(OURS, (2, 64), (128, 3)), "no pair"),
     ("branches that are no matrices", PROMPT, adapter(OURS, (2,), (128,)), "no pair"),
     ("integer branches of nobody", PROMPT, ours([]), "is not one of ours"),
-    ("integer branches of words", PROMPT, ours({"version": 1, "branches": {"x": "y"}}), "is not one of ours"),
+    ("integer branches of words", PROMPT, ours({"version": 1, "branches": {"x": 3}}), "is not one of ours"),
     ("report of nothing", ("report", "BASE/model"), nothing, "holds no report.json"),
     ("report of a list", ("report", "BASE/run"), put("run/report.json", "[]"), "is no report of this version"),
     ("report of an empty object", ("report", "BASE/run"), put("run/report.json", "{}"), "is no report of this version"),
