@@ -34,10 +34,10 @@ from sparsekit.inference.decoder import Decoder
 from sparsekit.inference.generate import Stats, context_of, stream
 from sparsekit.inference.linear import PackedLinear, Product, fused
 from sparsekit.inference.load import bytes_of, forms_of, load_model, products
-from sparsekit.inference.norms import single_kernel_norms
 from sparsekit.inference.packed import dequantize, multiply_reference, pack, pack_file, stacked, why_not_packed
 from sparsekit.interchange.adapter import attach_adapter, write_adapter
 from sparsekit.models.chain import Chain
+from sparsekit.models.norms import single_kernel_norms
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from sparsekit.blockwise import activations
 from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.walk import resident
 from sparsekit.cli import main
@@ -86,6 +87,25 @@ def test_forwards_end_where_nothing_more_is_collected(stream):
     called.clear()
     stream.collect(0, groups[:1], Gram)
     assert called["q_proj"] == called["o_proj"] == 1
+
+
+def test_norms_are_one_operation_where_that_is_quicker(stream, monkeypatch):
+    groups = stream.view.groups(0, *stream.sample(0))
+    block = stream.view.module.get_submodule(stream.view.blocks[0])
+    true, calls = type(block.input_layernorm).forward, []
+    monkeypatch.setattr(
+        type(block.input_layernorm), "forward", lambda self, x: (calls.append(len(x)), true(self, x))[1]
+    )
+    expected, plain = stream.collect(0, groups, Gram), len(calls)
+    monkeypatch.setattr(activations, "QUICK", ("cpu",))
+    found = stream.collect(0, groups, Gram)
+    assert plain == 2 and calls[plain:] == [3, 3]  # each was tried on three tokens, and then replaced
+    for own, other in zip(found, expected, strict=True):
+        assert torch.allclose(own.matrix, other.matrix, rtol=1e-4, atol=1e-6)
+    stream.advance(0)
+    assert calls[plain:] == [3, 3] * 2
+    block.input_layernorm(stream.hidden)
+    assert calls[-1] == len(stream.hidden)  # it is itself again
 
 
 @pytest.mark.parametrize("family", families.MIXTURES)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain, one_pass
+from sparsekit.models.norms import replaced, single_kernel_norms
 from sparsekit.models.view import Call, ModelView
 from sparsekit.shortage import half, twice
 from sparsekit.stats import Statistic, added, begun
@@ -21,6 +22,7 @@ from sparsekit.stats import Statistic, added, begun
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}  # enough to fill the unit, little enough for its memory
 DEVICE_SHARE = 0.25  # of the free device memory that the activation buffer may take; beyond it stays on the host
+QUICK = ("cuda",)  # where a norm may differ in the last bit; elsewhere results keep theirs
 WAITING_SHARE = 0.5  # of the free device memory, or of the host's, that waiting micro-batches may take
 WAITING_WIDTHS = 6  # block widths a token holds at most while it waits: residual, norm, query, key, value, output
 
@@ -118,9 +120,10 @@ class Activations:
             for number, (group, statistic) in enumerate(zip(groups, statistics, strict=True))
         ]
         try:
-            for part in self._batches():
-                with calls.forward():
-                    self.view.run_block(index, *self.enter(index, part))
+            with self._quick(index):
+                for part in self._batches():
+                    with calls.forward():
+                        self.view.run_block(index, *self.enter(index, part))
         finally:
             for handle in handles:
                 handle.remove()
@@ -150,7 +153,8 @@ class Activations:
                 self.hidden[part] = self.view.run_block(index, *self.enter(index, part))
                 return part.stop
 
-            start = twice(step, self._smaller)
+            with self._quick(index):
+                start = twice(step, self._smaller)
         self.block = index + 1
 
     def advance_settling(
@@ -192,7 +196,8 @@ class Activations:
 
         batches = list(self._batches())
         try:
-            outputs = one_pass([partial(self._left, index, part) for part in batches], doors, feed, settle_and_drop)
+            with self._quick(index):
+                outputs = one_pass([partial(self._left, index, part) for part in batches], doors, feed, settle_and_drop)
         except CalledAgain:
             return False
         except torch.OutOfMemoryError:  # many micro-batches wait at once here; group by group takes less
@@ -202,6 +207,13 @@ class Activations:
             self.hidden[part] = output
         self.block = index + 1
         return True
+
+    @contextmanager
+    def _quick(self, index: int) -> Iterator[None]:
+        """Norms of the resident block as one operation each, where passes over the states are what they cost."""
+        block = self.view.module.get_submodule(self.view.blocks[index])
+        with replaced(single_kernel_norms(block) if self.view.device.type in QUICK else []):
+            yield
 
     def _left(self, index: int, part: slice) -> Tensor:
         """What the resident block makes of a micro-batch, where the buffer is."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from sparsekit.inference.norms import Norm, replaced, single_kernel_norms
+from sparsekit.models.norms import Norm, replaced, single_kernel_norms
 
 WARM = 2  # steps before a capture: the first may compile kernels and allocate workspaces, the last must not wait
 

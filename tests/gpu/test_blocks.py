@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 
+from sparsekit.blockwise import activations
+from sparsekit.blockwise.activations import Activations
 from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.blockwise.stacking import at_once
 from sparsekit.blockwise.streaming import Ahead, Behind
+from sparsekit.blockwise.walk import resident
 from sparsekit.checkpoint import BlockState, StepStore
+from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.memory_model import _factor
 from sparsekit.quant import Grid, QuantizedWeight
@@ -111,6 +116,22 @@ def test_a_packed_root_is_the_root_and_takes_the_memory_it_is_planned_to():
     found = sweep(weight, root, pattern=Pattern(2, 4))
     assert float((found.keep == whole.keep).float().mean()) > 0.9999
     assert float(found.loss) == pytest.approx(float(whole.loss), rel=1e-4)
+
+
+def test_statistics_with_norms_of_one_operation_are_those_of_the_model(tmp_path, monkeypatch):
+    view = ModelView.open(families.save("llama", tmp_path), device="cuda", dtype="bfloat16")
+    tokens = torch.randint(0, 128, (16, 32), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stream = Activations.begin(view, tokens)
+        stream.micro_batch = 4
+        with resident(view, 0, view.dense_block(0)):
+            groups = view.groups(0, *stream.sample(0))
+            found = stream.collect(0, groups, Gram)
+            monkeypatch.setattr(activations, "QUICK", ())
+            expected = stream.collect(0, groups, Gram)
+    for own, other in zip(found, expected, strict=True):
+        assert own.tokens == other.tokens
+        assert float((own.sum - other.sum).norm() / other.sum.norm()) < 1e-2
 
 
 def test_awq_chooses_what_it_chooses_on_the_host():

@@ -1,4 +1,4 @@
-"""Root-mean-square norms as one kernel: in a step of one token, launches cost more than arithmetic.
+"""Root-mean-square norms as one kernel: launches cost more than a token's arithmetic, and passes over many tokens too.
 
 Transformers writes such a norm as seven operations or more; torch has it as one. Only norms that torch's computes
 within rounding are taken: each is tried on random values, so no architecture is named. The results may differ in the
