@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsekit.branch import Branch
-from sparsekit.crossgram import CrossGram
+from sparsekit.crossgram import StreamGram
 from sparsekit.errors import MethodError, NumericsError
 from sparsekit.methods.gptq import Bits
 from sparsekit.quant import QuantizedWeight, Rounding
@@ -19,16 +19,17 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-@linear_method("lowrank", kind="branch", stats=CrossGram, dense=True)
+@linear_method("lowrank", kind="branch", stats=StreamGram, dense=True)
 def lowrank(
     layer: LinearState,
-    gram: CrossGram,
+    gram: StreamGram,
     /,
     *,
     rank: Rank = 16,
     bits: Bits | None = 4,
     group_size: int = 128,
     share: Share = 0.5,
+    owed: Share = 0.0,
     aim_damp: Positive = 0.01,
 ) -> LinearState:
     """Repair what pruning and rounding cost by a branch of low rank beside the weight, which stays as it is.
@@ -45,6 +46,7 @@ def lowrank(
             has one step a direction.
         share: How far E aims at the outputs of the uncompressed model from the inputs that the layer has
             now, as in alps_aimed; 0 aims at the dense weight. Meant for `schedule: group`.
+        owed: How much of what the stream lacks to which the layer adds is part of the aim, as in alps_aimed.
         aim_damp: Ridge that holds the aim near the dense weight, as a fraction of the mean diagonal.
 
     Source: Mozaffari et al. 2024, arXiv:2410.09615 (SLiM), sec. 3.2, for the branch after one-shot
@@ -57,7 +59,7 @@ def lowrank(
         raise MethodError("lowrank needs the dense weights", layer=layer.name)
     if not torch.isfinite(gram.sum).all():
         raise NumericsError("calibration activations are not finite (inf or NaN in the Gram matrix)")
-    target = gram.aimed(layer.dense, aim_damp, share) if share else layer.dense
+    target = gram.aimed_at_stream(layer.dense, aim_damp, share, owed) if share or owed else layer.dense
     error, matrix = (target - layer.weight).double(), gram.matrix.double()
     up, down = nearest(error, matrix, min(rank, *error.shape))
     if bits is None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from sparsekit import load
 from sparsekit.branch import Branch
 from sparsekit.checkpoint import BlockState, block_of_tensors, block_tensors
-from sparsekit.crossgram import CrossGram
+from sparsekit.crossgram import StreamGram
 from sparsekit.errors import CheckpointError, MethodError, NumericsError, PatternError, RecipeError
 from sparsekit.files import read_json, write_json, write_tensors
 from sparsekit.interchange.adapter import ADAPTER, attach_adapter, read_adapter, write_adapter
@@ -27,13 +27,13 @@ OUT, IN = 24, 64
 TOKENS = torch.arange(48).reshape(2, 24)
 
 
-def made(drift: float = 0.0) -> tuple[LinearState, CrossGram, torch.Tensor, torch.Tensor]:
+def made(drift: float = 0.0) -> tuple[LinearState, StreamGram, torch.Tensor, torch.Tensor]:
     """A pruned layer, its statistic, and the inputs now and before."""
     random = torch.Generator().manual_seed(0)
     mixing = torch.randn(IN, IN, generator=random) / IN**0.5 + torch.eye(IN)
     dense_x = torch.randn(500, IN, generator=random) @ mixing
     x = dense_x + drift * torch.randn(500, IN, generator=random) @ mixing.roll(3, 0)
-    gram = CrossGram.empty(IN, torch.device("cpu"))
+    gram = StreamGram.empty(IN, torch.device("cpu"))
     gram.pair(dense_x, x)
     dense = torch.randn(OUT, IN, generator=random)
     layer = replace(sparsegpt(LinearState("q", dense), gram), dense=dense)
@@ -61,7 +61,7 @@ def test_the_other_factor_is_the_least_squares_answer():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def lost(layer: LinearState, gram: CrossGram) -> float:
+def lost(layer: LinearState, gram: StreamGram) -> float:
     return float(gram.energy(layer.dense - layer.effective))
 
 
@@ -102,6 +102,20 @@ def test_the_aim_is_what_the_dense_model_computes():
     assert missed(1.0) == pytest.approx(expected, rel=1e-3)  # of full rank: all that its inputs can tell
 
 
+def test_what_the_stream_lacks_is_part_of_the_aim():
+    layer, gram, x, before = made(drift=0.3)
+    lacking = x @ torch.randn(IN, OUT, generator=torch.Generator().manual_seed(5)) / IN**0.5
+    gram.owe(lacking, x)
+    goal = before @ layer.dense.t() + lacking
+    missed = []
+    for owed in (0.0, 1.0):
+        after = lowrank(layer, gram, rank=OUT, bits=None, share=1.0, owed=owed, aim_damp=1e-6)
+        missed.append(float((goal - x @ after.effective.t()).square().mean()))
+    best = goal - x @ torch.linalg.lstsq(x, goal).solution
+    assert missed[1] == pytest.approx(float(best.square().mean()), rel=1e-3)
+    assert missed[1] < 0.9 * missed[0]
+
+
 def test_a_rank_above_the_layers_and_a_layer_without_error():
     layer, gram, _, _ = made()
     after = lowrank(layer, gram, rank=999, bits=None, share=0.0)
@@ -116,7 +130,7 @@ def test_what_it_refuses():
     after = lowrank(layer, gram)
     with pytest.raises(MethodError, match="q: it has a low-rank branch already"):
         lowrank(replace(after, dense=layer.dense), gram)
-    broken = CrossGram.empty(IN, torch.device("cpu"))
+    broken = StreamGram.empty(IN, torch.device("cpu"))
     broken.update(torch.full((4, IN), float("inf")))
     for share in (0.0, 0.5):
         with pytest.raises(NumericsError, match="not finite"):
