@@ -192,6 +192,14 @@ def test_nothing_of_the_model_or_tokenizer_changes(model, tokenizer, tasks_dir):
     assert tokenizer.pad_token is None
 
 
+def test_an_export_is_scored_as_the_model_it_is(model, tokenizer, tasks_dir):
+    expected = score(model, tokenizer, ["own"], tasks_dir)
+    stored = {"quant_method": "sparsekit-24-compact", "bits": 2}
+    model.config.quantization_config = stored  # as a view of an export has it
+    assert score(model, tokenizer, ["own"], tasks_dir) == expected
+    assert model.config.quantization_config is stored
+
+
 def test_two_models_do_not_share_a_cache(model, tokenizer, tasks_dir):
     first = score(model, tokenizer, ["lambada"], tasks_dir)["lambada"]["perplexity"]
     with torch.no_grad():

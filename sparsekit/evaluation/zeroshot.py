@@ -5,7 +5,7 @@ What is guarded against, with the harness's version 0.4.13:
 1. The batch size is set on the harness's model; given to `simple_evaluate` it is ignored.
 2. Its model ties the embeddings again, which undoes a compressed head: tying is off meanwhile. It
    leaves the model in evaluation mode and gives the tokenizer a padding token: one is restored, the
-   other is a copy.
+   other is a copy. It would read how an export was stored, of which it knows no format of sparsekit's.
 3. Its caches know a prompt, not the model: none is used.
 4. Its index of 220 folders is not read, but for tasks that are not ours and need the network.
 5. Standard errors are computed here from the documents, not by its process pool.
@@ -168,13 +168,16 @@ def _mean(scores: list[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _untouched(module: nn.Module) -> Iterator[None]:
-    """Keep the harness from tying embeddings, and put the training mode back."""
-    training = module.training
+    """Keep the harness from tying embeddings and from how the weights were stored, and put the training mode back."""
+    training, config = module.training, module.config
     module.tie_weights = lambda *_, **__: None  # type: ignore[assignment]
+    module.config = copy.copy(config)
+    vars(module.config).pop("quantization_config", None)
     try:
         yield
     finally:
         del module.tie_weights
+        module.config = config
         module.train(training)
 
 
