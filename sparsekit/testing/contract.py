@@ -27,6 +27,7 @@ from sparsekit.testing.specimens import (
     Given,
     arguments_of,
     linears_of,
+    readable,
     refines,
     specimen,
     tensors_of,
@@ -254,7 +255,7 @@ def documented(subject: Subject) -> None:
 def _inputs(given: Given) -> dict[str, Tensor]:
     found = {f"layer's {key}": tensor for key, tensor in tensors_of(given.state).items()}
     if given.statistic is not None:
-        found |= {f"statistic's {key}": tensor for key, tensor in tensors_of(given.statistic).items()}
+        found |= {f"statistic's {key}": tensor for key, tensor in readable(given.statistic).items()}
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,21 @@ def _half(score: Tensor) -> Tensor:
     return pattern.keep(score)
 
 
-def tensors_of(value: Any) -> dict[str, Tensor]:
-    """The tensors directly inside a state, a group or a statistic, by attribute."""
-    if isinstance(value, Group):
-        return {f"{n} {k}": t for n, state in value.linears.items() for k, t in tensors_of(state).items()}
-    if is_dataclass(value):
-        items = {each.name: getattr(value, each.name) for each in fields(value)}
-    else:
-        items = dict(vars(value))
+def tensors_of(state: LinearState | Group) -> dict[str, Tensor]:
+    """The tensors directly inside a state, or inside the states of a group, by attribute."""
+    if isinstance(state, Group):
+        return {f"{n} {k}": t for n, one in state.linears.items() for k, t in tensors_of(one).items()}
+    items = {each.name: getattr(state, each.name) for each in fields(state)}
     return {name: item for name, item in items.items() if isinstance(item, Tensor)}
+
+
+def readable(statistic: Statistic) -> dict[str, Tensor]:
+    """The tensors that a method may read of a statistic: attributes and properties without a leading underscore."""
+    properties = [name for name, member in inspect.getmembers(type(statistic)) if isinstance(member, property)]
+    names = [name for name in (*vars(statistic), *properties) if not name.startswith("_")]
+    with torch.inference_mode():  # as where it was filled
+        found = {name: getattr(statistic, name) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

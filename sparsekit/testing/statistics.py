@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsekit.errors import ContractError
 from sparsekit.pluginfile import described
 from sparsekit.stats import Statistic
-from sparsekit.testing.specimens import CPU, tensors_of
+from sparsekit.testing.specimens import CPU, readable
 
 TOKENS, INPUTS = 96, 64
 ROUNDING = 1e-3  # of the largest number, for sums in another order
@@ -39,17 +39,17 @@ def merges(kind: type[Statistic]) -> None:
     """Two accumulators merged give what one gives that saw all tokens, and the merged one stays as it was."""
     one, other = _tokens().view(2, -1, INPUTS)
     whole, first, second = _filled(kind, one, other), _filled(kind, one), _filled(kind, other)
-    before = {name: tensor.clone() for name, tensor in tensors_of(second).items()}
+    before = {name: tensor.clone() for name, tensor in readable(second).items()}
     with _told("merge", kind):
         first.merge(second)
-    _compare(whole, first, "two halves merged")
-    for name, tensor in tensors_of(second).items():
-        if not torch.equal(tensor, before[name]):
-            raise ContractError(f"merge changes the {name} of the accumulator that it adds; change self alone")
     if first.tokens != TOKENS:
         raise ContractError(
             f"merged from {len(one)} and {len(other)} tokens it counts {first.tokens}; add other.tokens"
         )
+    _compare(whole, first, "two halves merged")
+    for name, tensor in readable(second).items():
+        if not torch.equal(tensor, before[name]):
+            raise ContractError(f"merge changes the {name} of the accumulator that it adds; change self alone")
 
 
 def narrow(kind: type[Statistic]) -> None:
@@ -109,7 +109,7 @@ def _told(what: str, kind: type[Statistic]) -> Iterator[None]:
 
 def _compare(one: Statistic, other: Statistic, what: str) -> None:
     """Two accumulators hold the same numbers."""
-    found, others = tensors_of(one), tensors_of(other)
+    found, others = readable(one), readable(other)
     if found.keys() != others.keys():
         raise ContractError(f"{what} give {', '.join(others) or 'no tensor'}, at once {', '.join(found) or 'none'}")
     for name, tensor in found.items():
