@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.tensorfile import Digest, Part, parts_of
 
+# a file and the process that writes it; a training checkpoint; the directory in which a plan times the disk
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.step-\d+.*\.tmp|\.sparsekit-.+\.tmp")
 ROOM = 24  # characters that the name of a temporary file is longer than the file's
 
 
@@ -45,9 +49,10 @@ def write_parts(path: Path, parts: Iterable[Part]) -> None:
         finally:
             os.close(directory)
     except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:  # after Ctrl-C as well; when all went well it has another name
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,10 +145,11 @@ class RunLock:
 
 def remove_temporaries(directory: Path) -> None:
     """Delete what a killed process left half-written."""
-    for path in _temporaries(directory):
-        path.unlink(missing_ok=True)
-
-
-def _temporaries(directory: Path) -> Iterator[Path]:
-    found = directory.rglob(".*.tmp") if directory.is_dir() else iter(())
-    return (path for path in found if path.name.split(".")[-2].isdecimal())  # of ours has a process in its name
+    found = list(directory.rglob(".*.tmp")) if directory.is_dir() else []
+    for path in found:
+        if not TEMPORARY.fullmatch(path.name):
+            continue  # somebody else's
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

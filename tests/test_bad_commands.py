@@ -15,7 +15,9 @@ from test_bad_inputs import base, config, pipe, put, seen, tensors, weights  # n
 from test_imports import exports  # noqa: F401  # a fixture
 
 from sparsekit.cli import main
+from sparsekit.files import remove_temporaries, write_text
 from sparsekit.interchange.adapter import ADAPTER, OUR_CONFIG, OUR_WEIGHTS
+from sparsekit.training.snapshots import save_atomically
 
 LONG = "x" * 300
 PROMPT = ("generate", "BASE/model", "--prompt", "a", "--max-tokens", "1")
@@ -167,9 +169,23 @@ def test_what_inspect_finds_striking(place):
 
 
 def test_temporaries_of_others_are_left_alone(tmp_path):
-    from sparsekit.files import remove_temporaries
-
-    for name in (f".a.json.{os.getpid()}.tmp", ".notes.tmp"):
+    for name in (f".a.json.{os.getpid()}.tmp", ".step-00000008.safetensors.tmp", ".notes.tmp"):
         (tmp_path / name).write_text("")
+    for name in (".step-00000008.tmp", ".sparsekit-x1.tmp"):  # shards of a checkpoint; files that time the disk
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("")
     remove_temporaries(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".notes.tmp"]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda at: write_text(at, "x"), lambda at: save_atomically(at, {"x": torch.ones(1)})]
+)
+def test_ctrl_c_in_a_write_leaves_nothing_behind(tmp_path, monkeypatch, write):
+    def pressed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

@@ -153,9 +153,10 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # the library's own error says which of the system's it was
-        temporary.unlink(missing_ok=True)
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"cannot write {path}: {why or error}") from error
+    finally:  # after Ctrl-C as well; when all went well it has another name
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
