@@ -100,7 +100,8 @@ def best(score: Tensor, count: int) -> Tensor:
             beaten_by[i + 1 :] += ~wins
         return beaten_by < count
     wins = score.unsqueeze(0) > score.unsqueeze(1)  # the second over the first
-    earlier = torch.ones(len(score), len(score), dtype=torch.bool, device=score.device).tril_(-1)
+    places = torch.arange(len(score), device=score.device)
+    earlier = places.unsqueeze(1) > places  # `tril_` would wake every thread for it
     return torch.where(earlier.unsqueeze(-1), ~wins.transpose(0, 1), wins).sum(1) < count
 
 
