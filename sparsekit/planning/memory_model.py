@@ -30,8 +30,7 @@ from sparsekit.sweep.panels import WIDTH
 
 WORKSPACE = 32 * 2**20  # cuBLAS's on Hopper, taken from torch's allocator at a thread's first product
 # Bytes an entry of a Gram matrix while its root is computed: the matrix in sweep order, in float64 the root over it.
-# CUDA: as measured with torch 2.11, whose Cholesky copies twice what it is told to overwrite.
-FACTOR = {"cpu": 12, "cuda": 28}
+FACTOR = 12
 INVERSES = 28  # bytes an entry of the squares on a root's diagonal while they are inverted, in float64
 FACTOR_KEPT = 4  # the root in float32, kept for the other linears of the group
 PACKED = (4, 2)  # both, of a root in panels; besides them some panels: as gathered, in float64, divided
@@ -228,7 +227,7 @@ def _solving(
     solves = kind is Gram and method in ("gptq", "sparsegpt")
     for group in block.groups:
         n = block.linears[group[0]][1]
-        factor, kept, formula = _factor(n, model.cuda, holding) if solves else (0, 0, "0")
+        factor, kept, formula = _factor(n, holding) if solves else (0, 0, "0")
         found.append(("factoring", [Part("factor in float64", formula, factor)]))
         rows = [block.linears[name][0] for name in group]
         size = max(rows) * n
@@ -248,13 +247,12 @@ def _solving(
     return found
 
 
-def _factor(n: int, cuda: bool, holding: Holding) -> tuple[int, int, str]:
+def _factor(n: int, holding: Holding) -> tuple[int, int, str]:
     """Bytes of a factor of n inputs while it is computed and later, and the formula."""
     if holding.packed:
         both = [each * n * (n + min(n, WIDTH)) for each in PACKED]
         return both[0] + PANELS * n * min(n, WIDTH), both[1], f"{PACKED[0]}n² and panels of {WIDTH}"
-    each = FACTOR["cuda" if cuda else "cpu"]
-    return each * n * n, FACTOR_KEPT * n * n, f"{each}n²"
+    return FACTOR * n * n, FACTOR_KEPT * n * n, f"{FACTOR}n²"
 
 
 def scoring_moments(model: ModelSizes, windows: int, seq_len: int, *, agreement: bool) -> list[Moment]:

@@ -2,7 +2,7 @@
 
 Panel k holds rows 0..(k+1)·w of columns k·w..(k+1)·w. From the last panel to the first, each loses what the panels
 after it stand for, its own square is factored, and what lies above the square is divided by it. So there are never
-more than 4 bytes an entry of the matrix besides the sum, in float64, where `root_in_place` takes 12 to 28; the products
+more than 4 bytes an entry of the matrix besides the sum, in float64, where `root_in_place` takes 12; the products
 are as large as a library's own, and the results differ by the rounding of float64 only.
 """
 

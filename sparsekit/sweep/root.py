@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit.errors import NumericsError
 
-ROWS = 2048  # of a matrix that are reordered at a time
+ROWS = 512  # of a matrix that are reordered at a time
 
 
 class Root:
