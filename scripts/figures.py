@@ -35,6 +35,7 @@ COSTS = {
     "ast_lean": "AST, lean memory",
 }
 SHAPES = {"base": "models/base, 131,072 tokens a step", "1b": "a Llama of 1.2 B, 16,384 tokens a step"}
+TASKS = {"blimp": "BLiMP", "lambada": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
 LOST = 40.0  # a perplexity that no picture of what is worth having needs to show
 
 
@@ -283,4 +284,20 @@ def plan() -> str:
             digits = 1 if unit == "s" else 0
             cells.append(f"{told:,.{digits}f} {unit}, was {real:,.{digits}f}: {row['ratio']:.2f}")
         lines.append(f"| {run['recipe'].removeprefix('base-')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def zeroshot() -> str:
+    """Zero-shot accuracy of points of the front, with McNemar's test against the dense model."""
+    found = json.loads((ROOT / "docs/benchmarks/zeroshot.json").read_text())["models"]
+    documents = {task: score["documents"] for task, score in found["dense"]["scores"].items()}
+    heads = [f"{title}, {documents[task]:,}" for task, title in TASKS.items()]
+    lines = [f"| accuracy, documents | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, model in found.items():
+        cells = []
+        for task in TASKS:
+            score, test = model["scores"][task], model["tests"].get(task, {}).get("acc")
+            told = f"; p {test['p']:.2f}" if test else ""
+            cells.append(f"{score['acc']:.1%} ± {score['acc_stderr']:.1%}{told}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

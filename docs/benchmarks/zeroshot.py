@@ -59,8 +59,9 @@ def main() -> None:
         scores = scored(place, limits, given.tasks_dir, given.device)
         dense = dense or scores
         tests = {} if name == DENSE else task_tests(dense, scores)
-        kept = {task: {**score, "documents": score["documents"]["n"]} for task, score in scores.items()}
-        result["models"][name] = {"scores": kept, "tests": tests, "seconds": round(time.perf_counter() - begun)}
+        kept = {task: {**scores[task], "documents": scores[task]["documents"]["n"]} for task in limits}
+        told_tests = {task: tests[task] for task in limits if task in tests}
+        result["models"][name] = {"scores": kept, "tests": told_tests, "seconds": round(time.perf_counter() - begun)}
         given.out.write_text(json.dumps(result, indent=1))
         for task in limits:
             told = {key: round(value, 4) for key, value in kept[task].items() if isinstance(value, float)}
