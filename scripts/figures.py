@@ -39,6 +39,11 @@ TASKS = {"blimp": "BLiMP", "lambada": "LAMBADA", "arc_easy": "ARC-Easy", "piqa":
 LOST = 40.0  # a perplexity that no picture of what is worth having needs to show
 
 
+def measured(name: str) -> Any:
+    """The raw figures of a file of docs/benchmarks."""
+    return json.loads((ROOT / f"docs/benchmarks/{name}.json").read_text())
+
+
 def _benchmark() -> Any:
     """The script of the comparison, which knows how to read its results."""
     spec = importlib.util.spec_from_file_location("plugins_benchmark", ROOT / "docs/benchmarks/plugins.py")
@@ -76,14 +81,9 @@ def _better(result: dict[str, Any]) -> str:
     return f"Better than SparseGPT here, with the whole 95 % interval: {', '.join(better) or 'none'}.\n"
 
 
-def _interop() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "docs/benchmarks/interop.json").read_text())
-    return found
-
-
 def interop(expected: str) -> str:
     """What the readers of tests/interop answered; `expected` is "reads", "opens" or "refuses"."""
-    rows = [row for row in _interop()["rows"] if row["expected"] == expected]
+    rows = [row for row in measured("interop")["rows"] if row["expected"] == expected]
     if expected == "refuses":
         errors = {row["environment"]: row["error"].split(" Must be one of")[0].replace("|", "\\|") for row in rows}
         table = [f"| {name} | {error.replace(str(ROOT), '')} |" for name, error in errors.items()]
@@ -110,7 +110,7 @@ def true_bytes() -> str:
     parts = ("codes", "positions", "scales", "zeros", "groups", "dense", "headers", "total", "files")
     titles = ["model", "format", *parts, "÷ FP32", "÷ FP16", "bits a weight"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in _interop()["exports"]:
+    for row in measured("interop")["exports"]:
         counted = " | ".join(f"{row['bytes'][part]:,}" for part in parts)
         bits = "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         ratios = f"{row['ratio_fp32']:.2f} | {row['ratio_fp16']:.2f}"
@@ -120,7 +120,7 @@ def true_bytes() -> str:
 
 def ast_quantized() -> str:
     """What training on integer grids gave, beside its rivals."""
-    found = json.loads((ROOT / "docs/benchmarks/ast_quantized_h100.json").read_text())
+    found = measured("ast_quantized_h100")
     titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
@@ -163,11 +163,9 @@ def _size(point: tuple[str, str, float, float]) -> float:
 
 def _front() -> list[tuple[str, str, float, float]]:
     """Name, kind, times smaller than FP32, perplexity."""
-    folder, scales, places = ROOT / "docs/benchmarks", 16 / 128, 2 / 3
-    named = {
-        row["name"]: row["final"]["valid"]["perplexity"] for row in json.loads((folder / "base_h100.json").read_text())
-    }
-    trained = json.loads((folder / "ast_quantized_h100.json").read_text())
+    scales, places = 16 / 128, 2 / 3
+    named = {row["name"]: row["final"]["valid"]["perplexity"] for row in measured("base_h100")}
+    trained = measured("ast_quantized_h100")
     sparse = 2 + places + scales  # 4 bits for half of the weights
     points = [("dense, bf16", KINDS[0], 2.0, trained["dense"])]
     for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
@@ -187,7 +185,7 @@ def _front() -> list[tuple[str, str, float, float]]:
 
 def decode_linears() -> str:
     """Times of a block's linears from packed weights, beside bf16 and the dense integers."""
-    found = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())
+    found = measured("decode_h100")
     ours, ways = "2:4 + int4", {"bf16": "cuBLAS bf16", "int4": "int4", "tinygemm": "torch's int4"}
     heading = ["block of", "tokens", "2:4 + int4", *(f"{way} (times ours)" for way in ways.values())]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
@@ -200,7 +198,7 @@ def decode_linears() -> str:
 
 def decode_model() -> str:
     """A whole model of Llama 7B's shape: milliseconds of a token and of a prompt, gigabytes."""
-    runs = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())["7b"]["models"]
+    runs = measured("decode_h100")["7b"]["models"]
     lines = ["| 7B shape | bf16 | 2:4 + int4 | |", "|---|---|---|---|"]
     told = {"a token, batch 1": "batch 1", "the same with --fuse": "batch 1, fused", "a token, batch 16": "batch 16"}
     rows = [(title, runs["model"], f", {key}", "ms", 1.0) for title, key in told.items()]
@@ -215,7 +213,7 @@ def decode_model() -> str:
 
 def ast_ablation() -> str:
     """What each part of AST is worth, as in the paper's Table 4; seeds of an arm are one row."""
-    found = json.loads((ROOT / "docs/benchmarks/ast_ablation_h100.json").read_text())
+    found = measured("ast_ablation_h100")
     dense = found["dense"]["valid"]["perplexity"]
     rows: dict[tuple[bool, int], list[Any]] = {}
     for arm in found["arms"]:
@@ -242,7 +240,7 @@ def ast_ablation() -> str:
 
 def ast_cost() -> str:
     """What AST's step takes beside a plain dense distillation step, and its parts beside their plain forms."""
-    found = json.loads((ROOT / "docs/benchmarks/training_h100.json").read_text())
+    found = measured("training_h100")
     lines = ["| | measured | beside |", "|---|---|---|"]
     for name, shape in (
         ("base", "models/base, 131,072 tokens a step"),
@@ -273,7 +271,7 @@ def ast_cost() -> str:
 
 def plan() -> str:
     """What `sparsekit plan` predicted beside what the runs took."""
-    found = json.loads((ROOT / "docs/benchmarks/plan_h100.json").read_text())
+    found = measured("plan_h100")
     kinds = {"step memory": ("MB", 1e6), "scoring memory": ("MB", 1e6), "step seconds": ("s", 1.0)}
     lines = ["| | peak memory of the step | peak memory of scoring | seconds of the step |", "|---" * 4 + "|"]
     for run in found:
@@ -289,7 +287,7 @@ def plan() -> str:
 
 def zeroshot() -> str:
     """Zero-shot accuracy of points of the front, with McNemar's test against the dense model."""
-    found = json.loads((ROOT / "docs/benchmarks/zeroshot.json").read_text())["models"]
+    found = measured("zeroshot")["models"]
     documents = {task: score["documents"] for task, score in found["dense"]["scores"].items()}
     heads = [f"{title}, {documents[task]:,}" for task, title in TASKS.items()]
     lines = [f"| accuracy, documents | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import figures
-from figures import ROOT
+from figures import measured
 
 BASE = (  # of base_h100.json, as a page shows it: a heading, or an arm and what it is
     ("2:4", None),
@@ -59,10 +58,7 @@ def base_figures() -> str:
 def headline(folder: str = "") -> str:
     """What to expect, for the front page and the README: perplexity and size of models/base; pages are in `folder`."""
     runs, dense = _base()
-    read = {
-        name: json.loads((ROOT / f"docs/benchmarks/{name}_h100.json").read_text())
-        for name in ("plugins", "ast_ablation", "ast_quantized")
-    }
+    read = {name: measured(f"{name}_h100") for name in ("plugins", "ast_ablation", "ast_quantized")}
     aimed = next(arm for result in read["plugins"] for arm in result["arms"] if arm["arm"] == "aimed-50")
     longer = min(_longest(read["ast_ablation"]["arms"]))
     together = [
@@ -105,7 +101,7 @@ def _valid(arm: dict[str, Any]) -> float:
 def _base() -> tuple[dict[str, tuple[float, str]], float]:
     """Perplexity and broken groups of the arms of base_h100.json, AST alone among them, and of the dense model."""
     found: dict[str, tuple[float, str]] = {}
-    for run in json.loads((ROOT / "docs/benchmarks/base_h100.json").read_text()):
+    for run in measured("base_h100"):
         steps = {run["name"]: run["steps"][-1]}
         if run["steps"][0]["method"] == "ast":
             steps["ast"] = run["steps"][0]
@@ -118,7 +114,7 @@ def _base() -> tuple[dict[str, tuple[float, str]], float]:
 
 def solver() -> str:
     """Factor and sweep of the linears of a Llama-2-7B block, beside the papers' column recursion."""
-    found = json.loads((ROOT / "docs/benchmarks/oneshot_h100.json").read_text())["solve"]
+    found = measured("oneshot_h100")["solve"]
     titles = {"qkv": "q, k and v together", "o": "o", "gate_up": "gate and up together", "down": "down"}
     lines = ["| | SparseGPT 2:4 | recursion | GPTQ int4 | recursion |", "|---" * 5 + "|"]
     for name, title in titles.items():
@@ -132,7 +128,7 @@ def solver() -> str:
 
 def blocks() -> str:
     """A whole block by sparsekit, by the authors' classes and by llm-compressor."""
-    found = json.loads((ROOT / "docs/benchmarks/oneshot_h100.json").read_text())
+    found = measured("oneshot_h100")
     lines = ["| | theirs | output error | one pass | output error | in parity | output error |", "|---" * 7 + "|"]
     for part, job, side, title in OTHERS:
         rows = {row["side"]: row for row in found[part]["jobs"][job]}
@@ -150,7 +146,7 @@ def blocks() -> str:
 
 def decoding(folder: str = "") -> str:
     """How fast a token of a 7B shape comes, in a paragraph; pages are in `folder`."""
-    found = json.loads((ROOT / "docs/benchmarks/decode_h100.json").read_text())["7b"]
+    found = measured("decode_h100")["7b"]
     runs, block = found["models"], found["linears"]["block"]["batches"]
     (dense, quick), (packed, fast) = (
         tuple(runs["model"][f"{form}, batch 1{how}"]["ms"] for how in ("", ", fused"))

@@ -64,19 +64,8 @@ class CrossGram(Gram):
 
     def without(self, inputs: Tensor) -> Self:
         """The same with the channels bool [in] uncorrelated, as large as the largest of the others, and not moved."""
-        other = self._of(super().without(inputs))
+        other = super().without(inputs)
         other.drift = self.drift.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
-        return other
-
-    def diagonal(self) -> Self:
-        """The same without its correlations, nothing moved or owed; the unit matrix when no channel is finite."""
-        return self._of(super().diagonal())
-
-    @classmethod
-    def _of(cls, gram: Gram) -> Self:
-        other = cls(len(gram.sum), gram.sum.device)
-        other.tokens, other.ladder, other.sum, other.absolute = gram.tokens, gram.ladder, gram.sum, gram.absolute
-        other.packed = gram.packed
         return other
 
     def aimed(self, weight: Tensor, damp: float, share: float = 1.0) -> Tensor:

@@ -26,24 +26,25 @@ class Quadratic:
         """[rows] of float32 rows [rows, in]."""
         if self._narrow is None:
             return ((rows @ self._matrix) * rows).sum(1)
-        (high, low), (matrix, rest) = split(rows), self._narrow
-        product = torch.mm(high, matrix, out_dtype=torch.float32)
-        product += torch.mm(low, matrix, out_dtype=torch.float32)
-        product += torch.mm(high, rest, out_dtype=torch.float32)
-        return (product * rows).sum(1)
+        return (_product(split(rows), self._narrow) * rows).sum(1)
 
 
 def energy(weight: Tensor, matrix: Tensor) -> Tensor:
     """tr(D H Dᵀ) of D [out, in] on CUDA, 0-dim: as `Quadratic`, with a part of H at a time."""
-    (high, low), total = split(weight), torch.zeros((), device=weight.device)
+    parts, total = split(weight), torch.zeros((), device=weight.device)
     for start in range(0, weight.shape[1], PANEL):  # so that no copy of H is held
         columns = slice(start, start + PANEL)
-        narrow, rest = split(matrix[:, columns])
-        product = torch.mm(high, narrow, out_dtype=torch.float32)
-        product += torch.mm(low, narrow, out_dtype=torch.float32)
-        product += torch.mm(high, rest, out_dtype=torch.float32)
-        total += (product * weight[:, columns]).sum()
+        total += (_product(parts, split(matrix[:, columns])) * weight[:, columns]).sum()
     return total
+
+
+def _product(rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
+    """The product of two matrices that were `split`, float32; what both low parts would add is beyond its rounding."""
+    (high, low), (matrix, rest) = rows, columns
+    product = torch.mm(high, matrix, out_dtype=torch.float32)
+    product += torch.mm(low, matrix, out_dtype=torch.float32)
+    product += torch.mm(high, rest, out_dtype=torch.float32)
+    return product
 
 
 def mirror_(matrix: Tensor) -> None:

@@ -210,19 +210,23 @@ class Gram:
         """Channels whose mean square is inf or NaN, bool [in]; every entry that is not finite is in one's row."""
         return ~torch.isfinite(self.sum.diagonal())
 
-    def without(self, inputs: Tensor) -> Gram:
-        """The same with the channels bool [in] uncorrelated and as large as the largest of the others."""
-        other = Gram(len(self.sum), self.sum.device)
+    def _alike(self) -> Self:
+        """Of as many tokens and with the same settings, its sums still 0."""
+        other = type(self)(len(self.sum), self.sum.device)
         other.tokens, other.ladder, other.packed = self.tokens, self.ladder, self.packed
+        return other
+
+    def without(self, inputs: Tensor) -> Self:
+        """The same with the channels bool [in] uncorrelated and as large as the largest of the others."""
+        other = self._alike()
         other.sum = self.sum.masked_fill(inputs.unsqueeze(0) | inputs.unsqueeze(1), 0.0)
         other.sum.diagonal().copy_(_levelled(self.sum.diagonal(), inputs))
         other.absolute = _levelled(self.absolute, inputs)
         return other
 
-    def diagonal(self) -> Gram:
+    def diagonal(self) -> Self:
         """The same without its correlations; the unit matrix when no channel is finite."""
-        other = Gram(len(self.sum), self.sum.device)
-        other.tokens, other.ladder, other.packed = self.tokens, self.ladder, self.packed
+        other = self._alike()
         if bool(self.broken.all()):
             other.sum.fill_diagonal_(self.tokens)
             other.absolute.fill_(self.tokens)

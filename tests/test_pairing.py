@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import entering
 import families
 import pytest
 import torch
@@ -48,19 +49,8 @@ def walk(view, directory, schedule):
 
 def inputs_of(view, blocks):
     """What reaches every linear of a whole model, [tokens, in]."""
-    found, handles = {}, []
-    view.materialise_all(blocks)
-    for index in range(len(view.blocks)):
-        for name, linear in view.linears(index).items():
-            hook = lambda _, arguments, name=name: found.update({name: arguments[0].flatten(0, 1)})  # noqa: E731
-            handles.append(linear.register_forward_pre_hook(hook))
-    with torch.inference_mode():
-        view.module(input_ids=TOKENS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for index in range(len(view.blocks)):
-        view.release(index)
-    return found
+    linears = {name: linear for index in range(len(view.blocks)) for name, linear in view.linears(index).items()}
+    return entering.inputs_of(view, blocks, TOKENS, linears)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import entering
 import families
 import pytest
 import torch
@@ -79,22 +80,13 @@ def test_doors_of_architectures(family, tmp_path):
 
 def streams_of(view, blocks):
     """The stream before every linear that adds to it, and its input, in a whole model: [tokens, ...]."""
-    found, handles = {}, []
-    view.materialise_all(blocks)
+    modules = {}
     for index in range(len(view.blocks)):
         block = view.module.get_submodule(view.blocks[index])
         for door, linear in ((block, block.self_attn.o_proj), (block.post_attention_layernorm, block.mlp.down_proj)):
             name = next(name for name, module in view.linears(index).items() if module is linear)
-            for part, module in (("stream", door), ("x", linear)):
-                hook = lambda _, arguments, key=(name, part): found.update({key: arguments[0].flatten(0, 1)})  # noqa: E731
-                handles.append(module.register_forward_pre_hook(hook))
-    with torch.inference_mode():
-        view.module(input_ids=TOKENS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for index in range(len(view.blocks)):
-        view.release(index)
-    return found
+            modules |= {(name, "stream"): door, (name, "x"): linear}
+    return entering.inputs_of(view, blocks, TOKENS, modules)
 
 
 def test_the_walk_sums_what_the_stream_lacks(tmp_path, monkeypatch):

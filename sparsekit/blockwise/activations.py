@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain, one_pass
+from sparsekit.models.groups import hooked
 from sparsekit.models.norms import replaced, single_kernel_norms
 from sparsekit.models.view import Call, ModelView
 from sparsekit.shortage import half, twice
@@ -119,14 +120,10 @@ class Activations:
             )
             for number, (group, statistic) in enumerate(zip(groups, statistics, strict=True))
         ]
-        try:
-            with self._quick(index):
-                for part in self._batches():
-                    with calls.forward():
-                        self.view.run_block(index, *self.enter(index, part))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), self._quick(index):
+            for part in self._batches():
+                with calls.forward():
+                    self.view.run_block(index, *self.enter(index, part))
         return statistics
 
     def feeder(self, name: str, statistic: Statistic, *, finite: bool) -> Hook:
@@ -146,14 +143,14 @@ class Activations:
         if self.block > index:
             return
         start, samples = 0, len(self.hidden)
-        while start < samples:  # what is advanced already must not be once more
+        with self._quick(index):
+            while start < samples:  # what is advanced already must not be once more
 
-            def step(start: int = start) -> int:
-                part = slice(start, min(start + self.micro_batch, samples))
-                self.hidden[part] = self.view.run_block(index, *self.enter(index, part))
-                return part.stop
+                def step(start: int = start) -> int:
+                    part = slice(start, min(start + self.micro_batch, samples))
+                    self.hidden[part] = self.view.run_block(index, *self.enter(index, part))
+                    return part.stop
 
-            with self._quick(index):
                 start = twice(step, self._smaller)
         self.block = index + 1
 

@@ -12,6 +12,7 @@ from sparsekit.blockwise.activations import Activations, home
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.crossgram import Owed, Paired
 from sparsekit.errors import MethodError
+from sparsekit.models.groups import hooked
 from sparsekit.models.view import ModelView
 from sparsekit.pluginfile import named_failures
 from sparsekit.stats import Statistic
@@ -71,11 +72,8 @@ class PairedActivations(Activations):
                 self.remarks.append(f"{told}: what the stream lacks is nobody's to make up for")
             for name, door in self._doors.items():
                 handles.append(door.register_forward_pre_hook(self._recorder(name, self.streams)))
-        try:
+        with hooked(handles):
             self.before.advance(index)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.remarks += self.before.remarks
         self.before.remarks.clear()
 
@@ -132,11 +130,10 @@ class PairedActivations(Activations):
         wanted = [group[0] for group in groups if group[0] in self._doors]
         handles = [self._doors[name].register_forward_pre_hook(passing(name)) for name in wanted]
         try:
-            return Activations._collect(self, index, groups, kind, finite)  # a dataclass with slots has no super()
+            with hooked(handles):
+                return Activations._collect(self, index, groups, kind, finite)  # a dataclass with slots has no super()
         finally:
             self.now.clear()
-            for handle in handles:
-                handle.remove()
 
     def advance_settling(
         self,

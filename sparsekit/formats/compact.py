@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
+from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.fours import grid_tensors, read_grid
-from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
+from sparsekit.formats.levels import INTEGER, ODD, TERNARY, levels_header, levels_setting
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
-ODD, TERNARY, INTEGER = "odd", "ternary", "integer"
 STORED = {ODD: (1, 2, 3, 4), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code; ternary ones are stored in 1.6
 UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a ternary row tell how many there are
 FIVE = 5  # ternary weights in a byte
@@ -112,9 +112,7 @@ class Compact:
         return {
             "quant_method": self.method,
             "version": VERSION,
-            "bits": setting.bits - (setting.layout == ODD),
-            "levels": setting.layout,
-            **grid_header(setting),
+            **levels_header(setting),
         }
 
     def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:
@@ -124,11 +122,7 @@ class Compact:
     def setting(self, config: Mapping[str, Any]) -> Setting:
         """Of this version of sparsekit."""
         one_of(config, "version", (VERSION,))
-        levels = one_of(config, "levels", (ODD, TERNARY, INTEGER))
-        bits = one_of(config, "bits", STORED[levels]) + (levels == ODD)
-        symmetric = one_of(config, "symmetric", (True, False) if levels == INTEGER else (True,))
-        act_order = one_of(config, "act_order", (True, False))
-        return Setting(bits, whole(config, "group_size"), symmetric, act_order, levels)
+        return levels_setting(config, STORED)
 
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """That it is ours alone, and what the levels cost."""

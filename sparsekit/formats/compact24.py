@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
+from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.fours import (
     counts,
     crowded,
@@ -45,14 +45,14 @@ from sparsekit.formats.fours import (
     spread,
     used,
 )
-from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
+from sparsekit.formats.levels import INTEGER, ODD, levels_header, levels_setting
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
-ODD, INTEGER = "odd", "integer"
 STORED = {ODD: (1, 2, 3, 4), INTEGER: (2, 3, 4)}  # bits of a kept code
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 UNIT = 16  # inputs whose 8 codes fill whole bytes at any number of bits
@@ -123,9 +123,7 @@ class Compact24:
             "quant_method": self.method,
             "version": VERSION,
             "pattern": "2:4",
-            "bits": setting.bits - (setting.layout == ODD),
-            "levels": setting.layout,
-            **grid_header(setting),
+            **levels_header(setting),
         }
 
     def companions(self, setting: Setting) -> dict[str, dict[str, Any]]:
@@ -136,11 +134,7 @@ class Compact24:
         """Of this version of sparsekit."""
         one_of(config, "version", (VERSION,))
         one_of(config, "pattern", ("2:4",))
-        levels = one_of(config, "levels", (ODD, INTEGER))
-        bits = one_of(config, "bits", STORED[levels]) + (levels == ODD)
-        symmetric = one_of(config, "symmetric", (True,) if levels == ODD else (True, False))
-        act_order = one_of(config, "act_order", (True, False))
-        return Setting(bits, whole(config, "group_size"), symmetric, act_order, levels)
+        return levels_setting(config, STORED)
 
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """That it is ours alone, and what the levels cost."""

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsekit.errors import NumericsError
-from sparsekit.sweep.root import Root, refuse, reordered
+from sparsekit.sweep.root import Root, climbed, indefinite, refuse, reordered
 
 WIDTH = 768  # columns of a panel: large enough for products, little beside the whole
 
@@ -22,27 +21,16 @@ WIDTH = 768  # columns of a panel: large enough for products, little beside the 
 def root_in_panels(
     total: Tensor, tokens: int, ladder: Sequence[int], damp: float, order: Tensor | None, width: int = WIDTH
 ) -> tuple[Root, float]:
-    """Upper root of a damped Gram matrix in panels.
+    """Upper root of a damped Gram matrix in panels of `width` columns, and the damping that was needed.
 
-    Args:
-        total: Σ x xᵀ, float32 [in, in]. Not modified.
-        tokens: How many it is of.
-        ladder: Multiples of the asked damping that may be used, in this order.
-        damp: Ridge as a fraction of the mean diagonal.
-        order: A permutation of the inputs, int64 [in].
-        width: Of a panel.
-    Returns:
-        The root, its panels float32, and the damping that was needed.
-    Raises:
-        NumericsError: Activations are not finite, or no rung of the ladder factors.
+    Arguments and errors as in `root_in_place`; the panels are float32.
     """
     refuse(total, tokens)
     level = (total.diagonal() / tokens).double()
     mean = level.mean()
     level = level.masked_fill(total.diagonal() == 0, 1.0)
     level = level if order is None else level[order]
-    for rung in ladder:
-        used = damp if rung == 1 else max(damp, 1e-4) * rung  # an undamped singular matrix needs a rung to climb
+    for used in climbed(ladder, damp):
         panels = [
             _panel(total, tokens, level + used * mean, start, min(start + width, len(total)), order)
             for start in range(0, len(total), width)
@@ -50,8 +38,8 @@ def root_in_panels(
         if _factored(panels):
             for index, panel in enumerate(panels):  # one at a time, each gives its memory back
                 panels[index] = panel.float()
-            return Root(*panels), float(used)
-    raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+            return Root(*panels), used
+    raise indefinite(used)
 
 
 def _panel(total: Tensor, tokens: int, level: Tensor, start: int, stop: int, order: Tensor | None) -> Tensor:

@@ -93,8 +93,7 @@ def root_in_place(
     refuse(total, tokens)
     work = torch.empty(total.shape, dtype=torch.float64, device=total.device)
     failed = torch.empty((), dtype=torch.int32, device=total.device)
-    for rung in ladder:
-        used = damp if rung == 1 else max(damp, 1e-4) * rung  # an undamped singular matrix needs a rung to climb
+    for used in climbed(ladder, damp):
         _reversed_into(work, total, tokens, used, order)
         # LAPACK counts by columns: the upper factor of the transposed view lies in `work` as the lower one
         factor = work.mT
@@ -102,8 +101,8 @@ def root_in_place(
         if int(failed) == 0:
             narrow = work.float()
             del work, factor
-            return narrow.flip(0, 1), float(used)
-    raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+            return narrow.flip(0, 1), used
+    raise indefinite(used)
 
 
 def reversed_factor(
@@ -124,14 +123,23 @@ def reversed_factor(
         matrix = matrix[order][:, order]
     matrix = matrix.flip(0, 1)
     level = matrix.diagonal().clone()
-    for rung in ladder:
-        # an undamped singular matrix still needs a rung to climb
-        used = damp if rung == 1 else max(damp, 1e-4) * rung
+    for used in climbed(ladder, damp):
         matrix.diagonal().copy_(level + used * mean)
         lower, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed) == 0:
-            return lower, float(used)
-    raise NumericsError(f"the Gram matrix is not positive definite even with damping {used:g}")
+            return lower, used
+    raise indefinite(used)
+
+
+def climbed(ladder: Sequence[int], damp: float) -> Iterator[float]:
+    """The dampings to try, in order: multiples of the asked one, or of a little where that is nothing."""
+    for rung in ladder:  # an undamped singular matrix needs a rung to climb
+        yield float(damp if rung == 1 else max(damp, 1e-4) * rung)
+
+
+def indefinite(damp: float) -> NumericsError:
+    """What ends a ladder of which no damping was enough; this was the last."""
+    return NumericsError(f"the Gram matrix is not positive definite even with damping {damp:g}")
 
 
 def refuse(total: Tensor, tokens: int) -> None:
