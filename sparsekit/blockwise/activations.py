@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from sparsekit.blockwise.holding import HOLDINGS, Holding
 from sparsekit.blockwise.onepass import CalledAgain, one_pass
+from sparsekit.models.blocks import Call
 from sparsekit.models.groups import hooked
 from sparsekit.models.norms import replaced, single_kernel_norms
-from sparsekit.models.view import Call, ModelView
+from sparsekit.models.view import ModelView
 from sparsekit.shortage import half, twice
 from sparsekit.stats import Statistic, added, begun
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from sparsekit.blockwise.activations import MICRO_BATCH_TOKENS
-from sparsekit.models.view import Call, ModelView
+from sparsekit.models.blocks import Call
+from sparsekit.models.view import ModelView
 
 FEW = 8  # tokens a block is called with to look at its structure
 

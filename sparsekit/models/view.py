@@ -2,7 +2,7 @@
 
 The module is built with its parameters on the meta device. What lies outside the blocks (embeddings,
 final norm, head) is loaded at once; a block's weights are there only between `materialise` and
-`release`. Blocks are found by structure, not by name.
+`release`. How blocks are found and run is in `sparsekit.models.blocks`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import HOST, BlockState, Stored
-from sparsekit.errors import ModelError, NumericsError
+from sparsekit.errors import NumericsError
 from sparsekit.formats.base import Setting, Storage
 from sparsekit.models.arch import Origin, canonicalise
-from sparsekit.models.groups import Producer, find_producers, shared_inputs
+from sparsekit.models.blocks import BlockModel
 from sparsekit.models.locate import device_of, dtype_of, locate, offline, skeleton
-from sparsekit.models.streams import stream_doors
 from sparsekit.models.weights import Weights
 from sparsekit.state import LinearState
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a block is called with besides its hidden states: masks, positions, rotary tables."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +42,7 @@ class LedgerRow:
     category: str
 
 
-class _Stop(Exception):
-    """Ends a skeleton pass once the last block has been called."""
-
-
-class ModelView:
+class ModelView(BlockModel):
     """A model directory, opened; see `open`."""
 
     def __init__(
@@ -71,14 +57,10 @@ class ModelView:
         trust_remote_code: bool,
         empty: bool = False,
     ) -> None:
-        self.path = path
-        self.module = module
-        self.config: PreTrainedConfig = module.config
+        super().__init__(path, module, device)
         self.dtype = dtype
         self.compute_dtype = compute_dtype
-        self.device = device
         self.trust_remote_code = trust_remote_code
-        self.blocks = _find_blocks(module)
         self.notes, self.warnings = weights.notes, weights.warnings
         self.quantized = weights.quantized is not None
         self._weights = weights
@@ -140,12 +122,6 @@ class ModelView:
         )
 
     # what there is
-
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of a block by full path, in module order."""
-        block = self.blocks[index]
-        modules = self.module.get_submodule(block).named_modules(prefix=block)
-        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
     def parameters(self, index: int) -> list[str]:
         """The parameters of a block by full path."""
@@ -309,98 +285,6 @@ class ModelView:
         parameter = nn.Parameter(value, requires_grad=False)
         for owner, attribute in self._sites[name]:
             setattr(owner, attribute, parameter)
-
-    # forwards
-
-    def begin(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Embed tokens, int [batch, seq_len]: the hidden states [batch, seq_len, width] that enter
-        block 0, and what each block is called with besides. No block weight is touched.
-        """  # noqa: D205
-        hidden: list[Tensor] = []
-        calls: list[Call] = []
-
-        def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            hidden.append(x)
-            calls.append(Call(args, kwargs))
-            if len(calls) == len(self.blocks):
-                raise _Stop
-            return x
-
-        with self._replaced(lambda index: record):
-            try:
-                self._forward(tokens)
-            except _Stop:
-                return hidden[0], calls
-        raise ModelError(f"{self.path}: a forward called {len(calls)} of {len(self.blocks)} blocks")
-
-    def run_block(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """Run a resident block: [batch, seq_len, width] to the same shape."""
-        output = self.module.get_submodule(self.blocks[index])(hidden, *call.args, **call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of the last block's output: logits [batch, seq_len, vocabulary]."""
-        last = len(self.blocks) - 1
-
-        def passing(index: int) -> Callable[..., Tensor]:
-            return lambda x, *args, **kwargs: hidden if index == last else x
-
-        with self._replaced(passing):
-            result: Tensor = self._forward(tokens).logits
-        return result
-
-    def _forward(self, tokens: Tensor) -> Any:
-        return self.module(input_ids=tokens.long().to(self.device), use_cache=False)
-
-    @contextmanager
-    def _replaced(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-        """Run the model with other block forwards."""
-        blocks = [self.module.get_submodule(name) for name in self.blocks]
-        for index, block in enumerate(blocks):
-            block.forward = forward(index)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
-
-    # structure
-
-    def groups(self, index: int, hidden: Tensor, call: Call) -> list[list[str]]:
-        """Linears of a resident block that share an input tensor, in call order."""
-        return shared_inputs(self.linears(index), lambda: self.run_block(index, hidden, call))
-
-    def doors(self, index: int, hidden: Tensor, call: Call) -> dict[str, nn.Module]:
-        """For each linear of a resident block that adds to its stream, the module the stream enters before."""
-        block = self.module.get_submodule(self.blocks[index])
-        return stream_doors(block, self.linears(index), lambda: self.run_block(index, hidden, call))
-
-    def producers(self, index: int, groups: list[list[str]], hidden: Tensor, call: Call) -> list[Producer | str]:
-        """For each group of a resident block, who can absorb an input scale, or why nobody can."""
-        block = self.blocks[index]
-        modules = dict(self.module.get_submodule(block).named_modules(prefix=block))
-        config = self.config.get_text_config()
-        heads = config.num_attention_heads
-        keys = config.to_dict().get("num_key_value_heads") or heads
-        width = config.to_dict().get("head_dim") or config.hidden_size // heads
-        run = lambda: self.run_block(index, hidden, call)  # noqa: E731
-        return find_producers(modules, self.linears(index), groups, run, (heads, keys, width))
-
-
-def _find_blocks(module: nn.Module) -> list[str]:
-    """Paths of the repeated blocks: the members of the list that holds the most linear weights."""
-    best: list[str] = []
-    size = 0
-    for path, candidate in module.named_modules():
-        if not isinstance(candidate, nn.ModuleList) or len({type(member) for member in candidate}) != 1:
-            continue
-        held = sum(m.weight.numel() for m in candidate.modules() if isinstance(m, nn.Linear))
-        if held > size and not isinstance(candidate[0], nn.Linear):
-            best, size = [f"{path}.{index}" for index in range(len(candidate))], held
-    if not best:
-        raise ModelError(f"{type(module).__name__} has no list of repeated blocks with linear layers")
-    return best
 
 
 def _sites(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
