@@ -36,6 +36,7 @@ COSTS = {
 }
 SHAPES = {"base": "models/base, 131,072 tokens a step", "1b": "a Llama of 1.2 B, 16,384 tokens a step"}
 TASKS = {"blimp": "BLiMP", "lambada": "LAMBADA", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
+FEW = {"ternary": "3 levels", "six": "6 levels"}
 LOST = 40.0  # a perplexity that no picture of what is worth having needs to show
 
 
@@ -135,7 +136,9 @@ def ast_quantized() -> str:
 
 
 def _grid(bits: int, levels: str) -> str:
-    return "3 levels" if levels == "ternary" else f"{'odd ' if levels == 'odd' else ''}{bits} bits"
+    if levels in FEW:
+        return FEW[levels]
+    return f"{'odd ' if levels == 'odd' else ''}{bits} bits"
 
 
 def front() -> str:

@@ -6,7 +6,9 @@ weight is stored exactly.
 
 A kept weight of an N:M pattern is told from a pruned one by its place and needs no level at 0. An `odd`
 grid of b bits has the levels ±1, ±3, ..., ±(2^(b-1) - 1) for kept weights and 0 for pruned ones: it is
-an ordinary symmetric grid whose kept codes are all odd, so that b - 1 bits tell a kept one.
+an ordinary symmetric grid whose kept codes are all odd, so that b - 1 bits tell a kept one. A `six` grid
+is the odd one of 4 bits without the outermost levels, ±1, ±3 and ±5: two of them and the 6 ways in which they
+lie in a group of 2:4 have 6 · 6 · 6 = 216 states, so that a group fits a byte.
 
 A `ternary` grid has the levels -1, 0 and 1: a symmetric grid of 2 bits that never takes its lowest code, so
 that five weights fit a byte.
@@ -25,7 +27,7 @@ from sparsekit.errors import MethodError
 MSE_NORM = 2.4  # exponent of the clip search, IST-DASLab/gptq quant.py and AutoGPTQ
 MSE_STEPS = 80  # shrink factors 1 - i/100 for i < 80, same source
 
-Levels = Literal["integer", "odd", "ternary"]
+Levels = Literal["integer", "odd", "six", "ternary"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +56,7 @@ class Grid:
         4 bits (AutoGPTQ's grid). The maximum is taken over |w| always; the reference mirrors only
         rows that have a negative value, which clips one-sided groups to 7/15 of their range.
         Asymmetric: the range is widened to hold 0, and the zero-point is an integer.
-        Odd and ternary: scale = max|w| / (2^(bits-1) - 1), zero = 2^(bits-1). To odd levels exact zeros
+        Others: scale = max|w| / the highest level, zero = 2^(bits-1). To odd and six levels exact zeros
         count as pruned: they have no part in the search.
 
         Args:
@@ -105,8 +107,8 @@ class Grid:
     @classmethod
     def _of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool, levels: Levels) -> Grid:
         """The grid that spans [low, high]; an empty range gets the step 1."""
-        highest = 2**bits - 1
-        step = (high - low) / (highest - lowest_code(levels))
+        lowest, highest = code_range(bits, levels)
+        step = (high - low) / (highest - lowest)
         step = torch.where(step > 0, step, torch.ones_like(step))
         scale = store_scale(step)
         if symmetric:
@@ -114,7 +116,7 @@ class Grid:
         return cls(scale, torch.round(-low / scale).clamp(0, highest), bits)
 
     def _loss(self, weight: Tensor) -> Tensor:
-        return (self.round(weight, weight != 0 if self.levels == "odd" else None) - weight).abs().pow(MSE_NORM).sum(-1)
+        return (self.round(weight, weight != 0 if is_odd(self.levels) else None) - weight).abs().pow(MSE_NORM).sum(-1)
 
     def encode(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
         """Nearest codes, float32 integers in 0..2^bits-1.
@@ -122,14 +124,14 @@ class Grid:
         Args:
             weight: [..., group].
             kept: bool [..., group]; the others get the code of 0. None where all are kept, or where 0
-                is rounded to 0 anyway, as it is on a grid that is not odd.
+                is rounded to 0 anyway, as it is on a grid that has a level there.
         """
         scale, zero = self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
-        if self.levels == "odd":
+        if is_odd(self.levels):
             code = 2 * torch.round((weight / scale - 1) / 2) + 1 + zero
         else:
             code = torch.round(weight / scale + zero)
-        code = code.clamp(lowest_code(self.levels), 2**self.bits - 1)
+        code = code.clamp(*code_range(self.bits, self.levels))
         return code if kept is None else torch.where(kept, code, zero)
 
     def round(self, weight: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -137,9 +139,15 @@ class Grid:
         return (self.encode(weight, kept) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
 
 
-def lowest_code(levels: Levels) -> int:
-    """The lowest code that levels take: odd and ternary ones reach as far down as up."""
-    return 0 if levels == "integer" else 1
+def is_odd(levels: Levels) -> bool:
+    """Whether kept codes are an odd number of steps from zero, so that 0 is left to pruned ones."""
+    return levels in ("odd", "six")
+
+
+def code_range(bits: int, levels: Levels) -> tuple[int, int]:
+    """The lowest and the highest code that levels take: all but integer ones reach as far down as up."""
+    lowest = {"integer": 0, "odd": 1, "ternary": 1, "six": 3}[levels]
+    return lowest, 2**bits - max(lowest, 1)
 
 
 def store_scale(step: Tensor) -> Tensor:

@@ -142,6 +142,8 @@ def test_low_precision_state_has_the_references_bits(memory, dtype):
         (3, "integer", -1, Pattern(3, 8), Memory(), torch.float32),
         (2, "odd", 8, TWO_OF_FOUR, Memory(), torch.float32),
         (1, "odd", -1, Pattern.unstructured(0.0), LEAN, torch.bfloat16),
+        (3, "six", 8, TWO_OF_FOUR, Memory(), torch.float32),
+        (3, "six", -1, Pattern.unstructured(0.0), LEAN, torch.bfloat16),
         (2, "ternary", 8, Pattern.unstructured(0.0), Memory(), torch.float32),
     ],
 )
@@ -184,6 +186,7 @@ def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory,
         (4, "integer", 8, torch.bfloat16),
         (3, "integer", -1, torch.float32),
         (2, "odd", 8, torch.float32),
+        (3, "six", 8, torch.float32),
         (2, "ternary", 8, torch.float32),
     ],
 )

@@ -119,7 +119,7 @@ def test_grids_are_the_references(symmetric, mse, monkeypatch):
             assert torch.equal(zero, expected.zero)
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (2, "ternary")])
+@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (4, "six"), (2, "ternary")])
 def test_grids_of_other_levels_are_the_references(bits, levels, monkeypatch):
     for module in ("sparsekit.quant", "sparsekit.kernels.grids"):
         monkeypatch.setattr(f"{module}.MSE_STEPS", 6)

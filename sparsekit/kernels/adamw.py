@@ -13,7 +13,7 @@ from sparsekit.kernels.adamw_device import advance_chunks
 from sparsekit.kernels.steps import learn_
 from sparsekit.kernels.table import CHUNK, Table
 from sparsekit.pattern import Pattern
-from sparsekit.quant import lowest_code
+from sparsekit.quant import code_range, is_odd
 from sparsekit.training.lowbits import Memory, step_key
 from sparsekit.training.update import Rule, Step
 
@@ -88,6 +88,7 @@ class FusedAdamW:
     ) -> Tensor:
         """The launches; returns the two counters."""
         rounding = self.rule.rounding if rounded else None
+        lowest, highest = (0, 0) if rounding is None else code_range(rounding.bits, rounding.levels)
         counters = torch.zeros(2, dtype=torch.int64, device=self._one.device)
         for dtype, table in self.tables.items():
             rows = table.rows()
@@ -101,8 +102,9 @@ class FusedAdamW:
                 "MASKED": masked,
                 "REFRESH": refresh,
                 "BITS": 0 if rounding is None else rounding.bits,
-                "ODD": rounding is not None and rounding.levels == "odd",
-                "LOWEST": 0.0 if rounding is None else float(lowest_code(rounding.levels)),
+                "ODD": rounding is not None and is_odd(rounding.levels),
+                "LOWEST": float(lowest),
+                "HIGHEST": float(highest),
                 "N": self.pattern.n,
                 "M": self.pattern.m if self.refreshes else GROUPS[0],
                 "CHUNK": CHUNK,

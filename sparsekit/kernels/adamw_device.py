@@ -180,7 +180,7 @@ def _chosen(
 @triton.jit
 def _on_grid(
     row, start, weight, inside,
-    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, CHUNK: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`grids.on_grid` of a chunk, were all kept."""
     size = tl.load(row + 15)
@@ -191,10 +191,10 @@ def _on_grid(
     level = tl.div_rn(weight, step)
     ZERO: tl.constexpr = 2.0 ** (BITS - 1)
     if ODD:
-        level = tl.minimum(tl.maximum(level, LOWEST - ZERO), ZERO - 1.0)
+        level = tl.minimum(tl.maximum(level, LOWEST - ZERO), HIGHEST - ZERO)
         level = 2 * ((level - 1) * 0.5 + ROUNDER - ROUNDER) + 1
     else:
-        level = tl.minimum(tl.maximum(level + ZERO, LOWEST), 2 * ZERO - 1.0) + ROUNDER - ROUNDER - ZERO
+        level = tl.minimum(tl.maximum(level + ZERO, LOWEST), HIGHEST) + ROUNDER - ROUNDER - ZERO
     return tl.where(weight == weight, level * step, weight)  # what is not finite shall be seen
 
 
@@ -203,7 +203,7 @@ def _chunk(
     row, start, numel, clip, counters, numbers, key,
     PARAMETER: tl.constexpr, MASTER: tl.constexpr, FLOAT8: tl.constexpr, MOMENTUM: tl.constexpr, L1: tl.constexpr,
     UPDATE: tl.constexpr, MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     CHUNK: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Everything of one chunk; FULL leaves out the bounds, which would make every load a narrow one."""
@@ -227,7 +227,7 @@ def _chunk(
     if tl.load(row) != tl.load(row + 2):
         if BITS:  # noqa: SIM102 - as above
             if sparse:
-                weight = _on_grid(row, start, weight, inside, BITS, ODD, LOWEST, CHUNK)
+                weight = _on_grid(row, start, weight, inside, BITS, ODD, LOWEST, HIGHEST, CHUNK)
         if MASKED:
             weight = tl.where(kept, weight, 0.0)
         _put(_pointer(row, 0, PARAMETER, ALIGNED), offsets, weight.to(PARAMETER), inside, FULL)
@@ -239,7 +239,8 @@ def advance_chunks(
     new_first, beta2, new_second, eps, size, correction, shrink, decay, mix, hysteresis, key,
     PARAMETER: tl.constexpr, MASTER: tl.constexpr, FLOAT8: tl.constexpr, MOMENTUM: tl.constexpr, L1: tl.constexpr,
     UPDATE: tl.constexpr, MASKED: tl.constexpr, REFRESH: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one parameter a program."""
     program = tl.program_id(0).to(tl.int64)
@@ -250,10 +251,10 @@ def advance_chunks(
     if start + CHUNK <= numel:
         _chunk(
             row, start, numel, clip, counters, numbers, key, PARAMETER, MASTER, FLOAT8, MOMENTUM, L1,
-            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, LOWEST, CHUNK, True, ALIGNED,
+            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, LOWEST, HIGHEST, CHUNK, True, ALIGNED,
         )  # fmt: skip
     else:
         _chunk(
             row, start, numel, clip, counters, numbers, key, PARAMETER, MASTER, FLOAT8, MOMENTUM, L1,
-            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, LOWEST, CHUNK, False, ALIGNED,
+            UPDATE, MASKED, REFRESH, N, M, BITS, ODD, LOWEST, HIGHEST, CHUNK, False, ALIGNED,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from sparsekit.quant import MSE_NORM, MSE_STEPS, Levels, lowest_code
+from sparsekit.quant import MSE_NORM, MSE_STEPS, Levels, code_range, is_odd
 
 GROUPS = 4  # of a program: 8 lanes share a group, which the search needs 90 registers for (sm_90)
 CHUNK = 128  # entries of a group in registers at a time
@@ -26,21 +26,21 @@ POWER = tl.constexpr(MSE_NORM)
 
 
 @triton.jit
-def _of_range(low, high, levels, SYMMETRIC: tl.constexpr, LOWEST: tl.constexpr):
-    """`Grid._of_range`; `levels` is the highest code."""
-    step = tl.div_rn(high - low, levels - LOWEST)
+def _of_range(low, high, highest, middle, SYMMETRIC: tl.constexpr, LOWEST: tl.constexpr):
+    """`Grid._of_range`; `highest` is the highest code, `middle` the zero-point of symmetric grids."""
+    step = tl.div_rn(high - low, highest - LOWEST)
     step = tl.where(step > 0, step, 1.0)
     scale = tl.minimum(tl.maximum(step, SMALLEST), LARGEST).to(tl.float16).to(tl.float32)
     if SYMMETRIC:
-        zero = tl.zeros_like(scale) + (levels + 1) / 2
+        zero = tl.zeros_like(scale) + middle
     else:
-        zero = tl.minimum(tl.maximum(tl.div_rn(-low, scale), 0.0), levels) + ROUNDER - ROUNDER
+        zero = tl.minimum(tl.maximum(tl.div_rn(-low, scale), 0.0), highest) + ROUNDER - ROUNDER
     return scale, zero
 
 
 @triton.jit
 def _loss(
-    weight, group, inside, scale, zero, levels, along,
+    weight, group, inside, scale, zero, highest, along,
     ODD: tl.constexpr, LOWEST: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Σ |error|^2.4 of each group."""
@@ -51,10 +51,10 @@ def _loss(
         value = tl.load(weight + at[:, None] * along + group[None, :], mask=here, other=0.0)
         code = tl.div_rn(value, tl.broadcast_to(scale[None, :], value.shape))
         if ODD:
-            code = tl.minimum(tl.maximum(code, LOWEST - zero[None, :]), levels - zero[None, :])
+            code = tl.minimum(tl.maximum(code, LOWEST - zero[None, :]), highest - zero[None, :])
             code = 2 * ((code - 1) * 0.5 + ROUNDER - ROUNDER) + 1 + zero[None, :]
         else:
-            code = tl.minimum(tl.maximum(code + zero[None, :], LOWEST), levels) + ROUNDER - ROUNDER
+            code = tl.minimum(tl.maximum(code + zero[None, :], LOWEST), highest) + ROUNDER - ROUNDER
         error = tl.abs((code - zero[None, :]) * scale[None, :] - value)
         if ODD:
             error = tl.where(value == 0, 0.0, error)  # a pruned one; so are those outside
@@ -65,7 +65,7 @@ def _loss(
 
 @triton.jit
 def _fit(
-    weight, scale_out, zero_out, groups, apart, along, levels,
+    weight, scale_out, zero_out, groups, apart, along, highest, middle,
     SYMMETRIC: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, STEPS: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -83,13 +83,13 @@ def _fit(
     if SYMMETRIC:
         high = tl.maximum(-low, high)
         low = -high
-    scale, zero = _of_range(low, high, levels, SYMMETRIC, LOWEST)
+    scale, zero = _of_range(low, high, highest, middle, SYMMETRIC, LOWEST)
     if STEPS > 1:
-        loss = _loss(weight, group, inside, scale, zero, levels, along, ODD, LOWEST, SIZE, CHUNK)
+        loss = _loss(weight, group, inside, scale, zero, highest, along, ODD, LOWEST, SIZE, CHUNK)
         for i in range(1, STEPS):
             shrink = tl.div_rn(tl.full([GROUPS], 100.0, dtype=tl.float32) - i, 100.0)
-            trial, origin = _of_range(low * shrink, high * shrink, levels, SYMMETRIC, LOWEST)
-            found = _loss(weight, group, inside, trial, origin, levels, along, ODD, LOWEST, SIZE, CHUNK)
+            trial, origin = _of_range(low * shrink, high * shrink, highest, middle, SYMMETRIC, LOWEST)
+            found = _loss(weight, group, inside, trial, origin, highest, along, ODD, LOWEST, SIZE, CHUNK)
             better = found < loss
             loss = tl.where(better, found, loss)
             scale, zero = tl.where(better, trial, scale), tl.where(better, origin, zero)
@@ -105,6 +105,7 @@ def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, levels: Levels = 
     """
     flat = weight if weight.dim() == 2 else weight.reshape(-1, weight.shape[-1])
     groups, size = flat.shape
+    lowest, highest = code_range(bits, levels)
     scale, zero = (torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device) for _ in range(2))
     with torch.cuda.device_of(weight):
         _fit[(triton.cdiv(groups, GROUPS),)](
@@ -114,10 +115,11 @@ def fit(weight: Tensor, bits: int, symmetric: bool, mse: bool, levels: Levels = 
             groups,
             flat.stride(0),
             flat.stride(1),
-            float(2**bits - 1),
+            float(highest),
+            float(2 ** (bits - 1)),
             SYMMETRIC=symmetric,
-            ODD=levels == "odd",
-            LOWEST=float(lowest_code(levels)),
+            ODD=is_odd(levels),
+            LOWEST=float(lowest),
             STEPS=MSE_STEPS if mse else 1,
             SIZE=size,
             GROUPS=GROUPS,

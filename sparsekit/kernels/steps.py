@@ -15,7 +15,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from sparsekit.quant import Rounding, lowest_code
+from sparsekit.quant import Rounding, code_range, is_odd
 from sparsekit.training.grids import LEAST, range_of
 from sparsekit.training.update import Rule, Step
 
@@ -31,7 +31,7 @@ SHRINK = tl.constexpr(LEAST)
 @triton.jit
 def _gradient(
     weight, grad, mask, group, inside, step, clip, low, high,
-    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂s of each group."""
@@ -45,10 +45,10 @@ def _gradient(
         value = tl.load(weight + place, mask=here, other=0.0).to(tl.float32)
         value = tl.div_rn(value, tl.broadcast_to(step[:, None], value.shape))
         if ODD:
-            level = tl.minimum(tl.maximum(value, LOWEST - ZERO), ZERO - 1.0)
+            level = tl.minimum(tl.maximum(value, LOWEST - ZERO), HIGHEST - ZERO)
             level = 2 * ((level - 1) * 0.5 + ROUNDER - ROUNDER) + 1
         else:
-            level = tl.minimum(tl.maximum(value + ZERO, LOWEST), 2 * ZERO - 1.0) + ROUNDER - ROUNDER - ZERO
+            level = tl.minimum(tl.maximum(value + ZERO, LOWEST), HIGHEST) + ROUNDER - ROUNDER - ZERO
         slope = tl.where((value >= low) & (value <= high), level - value, level)
         slope = tl.where(kept, slope, 0.0)
         total += tl.sum(tl.load(grad + place, mask=here, other=0.0).to(tl.float32) * clip * slope, axis=1)
@@ -59,7 +59,7 @@ def _gradient(
 def _learn(
     weight, grad, mask, step_at, dense_at, first_at, second_at, clip_at, groups, low, high,
     new_first, beta2, new_second, eps, rate, correction,
-    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr,
+    BITS: tl.constexpr, ODD: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`GROUPS` groups a program."""
@@ -68,7 +68,7 @@ def _learn(
     step = tl.load(step_at + group, mask=inside, other=1.0)
     clip = tl.load(clip_at)
     found = _gradient(
-        weight, grad, mask, group, inside, step, clip, low, high, BITS, ODD, LOWEST, SIZE, GROUPS, CHUNK
+        weight, grad, mask, group, inside, step, clip, low, high, BITS, ODD, LOWEST, HIGHEST, SIZE, GROUPS, CHUNK
     )  # fmt: skip
     first = tl.load(first_at + group, mask=inside, other=0.0)
     first = first + new_first * (found - first)
@@ -96,6 +96,7 @@ def learn_(state: Mapping[str, Tensor], grad: Tensor, clip: Tensor, rounding: Ro
     """
     beta1, beta2 = rule.betas
     low, high = range_of(rounding)
+    lowest, highest = code_range(rounding.bits, rounding.levels)
     groups = state["step"].numel()
     size = grad.numel() // groups
     with torch.cuda.device_of(grad):
@@ -105,8 +106,9 @@ def learn_(state: Mapping[str, Tensor], grad: Tensor, clip: Tensor, rounding: Ro
             groups, low, high,
             1 - beta1, beta2, 1 - beta2, rule.eps, step.lr / (1 - beta1**step.number), 1 - beta2**step.number,
             BITS=rounding.bits,
-            ODD=rounding.levels == "odd",
-            LOWEST=float(lowest_code(rounding.levels)),
+            ODD=is_odd(rounding.levels),
+            LOWEST=float(lowest),
+            HIGHEST=float(highest),
             SIZE=size,
             GROUPS=GROUPS,
             CHUNK=min(CHUNK, triton.next_power_of_2(size)),

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Levels
+from sparsekit.quant import Levels, is_odd
 from sparsekit.registry import model_method
 from sparsekit.training.annealing import AstPolicy
 from sparsekit.training.distill import Direction, Objective
@@ -36,7 +36,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[Fraction, Field(ge=0, le=1)]
 
 WITHOUT_GRID = {"levels": "integer", "scales": "learned", "quantize_from": 0.0, "group_size": 128}  # without bits
-TERNARY_BITS = 2
+ONLY_BITS = {"ternary": 2, "six": 3}  # of levels that there is one number of
 COMPILE_MINUTES = 3.0
 COMPILE_STEPS = 100  # shorter runs do not earn the compilation back
 
@@ -60,7 +60,8 @@ def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
     if bits is None:
         for key, absent in WITHOUT_GRID.items():
             if values[key] != absent:
-                return key, f"{key} belongs to the grid, and without bits there is none; add bits: 4, or drop {key}"
+                told = f"{key} belongs to the grid, and without bits there is none"
+                return key, f"{told}; add bits: {ONLY_BITS.get(values['levels'], 4)}, or drop {key}"
         if not pattern.sparsity:
             return "pattern", 'ast without bits trains N:M patterns, as in pattern: "2:4"; sparsity is 0'
         return None
@@ -75,8 +76,10 @@ def _wrong_grids(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _wrong_levels(bits: int, levels: Levels) -> str | None:
     """Why there are no such levels of so many bits."""
-    if levels == "ternary" and bits != TERNARY_BITS:
+    if levels == "ternary" and bits != ONLY_BITS[levels]:
         return f"levels: ternary are -1, 0 and 1, codes of 2 bits; write bits: 2 in place of {bits}"
+    if levels == "six" and bits != ONLY_BITS[levels]:
+        return f"levels: six are ±1, ±3 and ±5, which take log2 6 = 2.6 bits; write bits: 3 in place of {bits}"
     if levels == "integer" and bits == 1:
         return "1 bit has the levels -1 and 0; levels: odd gives a kept weight a sign and no 0"
     if levels == "odd" and bits == 8:
@@ -85,9 +88,9 @@ def _wrong_levels(bits: int, levels: Levels) -> str | None:
 
 
 def _integers(values: Mapping[str, Any]) -> int | None:
-    """Bits of a code of the result; an odd grid's has one for the 0 of pruned weights."""
+    """Bits of a code of the result; that of a grid without a level at 0 has one for pruned weights."""
     bits: int | None = values["bits"]
-    return None if bits is None else bits + (values["levels"] == "odd")
+    return None if bits is None else bits + is_odd(values["levels"])
 
 
 @model_method("ast", kind="train", check=_wrong, integers=_integers)
@@ -156,8 +159,9 @@ def ast(
         group_size: Inputs of a row that share a step of the grid; -1 for one group a row.
         levels: `integer` has -2^(bits-1)..2^(bits-1)-1. `odd` has ±1, ±3, ..., ±(2^bits - 1) and no 0 for kept
             weights, which their place tells from pruned ones; their codes have one bit more in formats that
-            store zeros. From 1 bit on. `ternary` has -1, 0 and 1, with bits: 2, of which a format may store
-            five in a byte.
+            store zeros. From 1 bit on. `six` has ±1, ±3 and ±5, with bits: 3, of which a format may store two and
+            their places in a group of 2:4 in a byte. `ternary` has -1, 0 and 1, with bits: 2, of which a format
+            may store five in a byte.
         scales: `learned` fits the steps of the grid to the kept weights once, when they go on it, and trains
             them from there; `fitted` fits them whenever the mask is chosen, and a last time when it freezes.
         quantize_from: Share of the steps before the weights go on the grid.

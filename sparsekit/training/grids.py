@@ -20,7 +20,16 @@ from torch import Tensor
 
 from sparsekit.errors import MethodError
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid, Levels, QuantizedWeight, Rounding, lowest_code, resolve_group_size, store_scale
+from sparsekit.quant import (
+    Grid,
+    Levels,
+    QuantizedWeight,
+    Rounding,
+    code_range,
+    is_odd,
+    resolve_group_size,
+    store_scale,
+)
 
 LEAST = 0.5  # a step shrinks to no less of itself at once, whatever the rate
 SEARCHED = 3  # bits up to which, on an integer grid, a clipped range is searched for
@@ -30,11 +39,12 @@ def rounding_of(bits: int, group_size: int, levels: Levels) -> Rounding:
     """How kept weights are put on grids.
 
     Args:
-        bits: That tell a kept weight. An odd grid has one more, see `quant`.
+        bits: That tell a kept weight. A grid without a level at 0 has one more, see `quant`.
         group_size: -1 for one group a row.
-        levels: `integer`: -2^(bits-1)..2^(bits-1)-1; `odd`: ±1, ±3, ..., ±(2^bits - 1); `ternary`: -1, 0, 1.
+        levels: `integer`: -2^(bits-1)..2^(bits-1)-1; `odd`: ±1, ±3, ..., ±(2^bits - 1); `six`: ±1, ±3, ±5, of
+            3 bits; `ternary`: -1, 0, 1, of 2.
     """
-    odd = levels == "odd"
+    odd = is_odd(levels)
     return Rounding(bits + odd, group_size, mse=odd or bits <= SEARCHED, levels=levels)
 
 
@@ -42,7 +52,8 @@ def bits_per_weight(rounding: Rounding, pattern: Pattern, size: int) -> float:
     """What a weight takes: kept codes, their positions in the group of M, a float16 step for each group of inputs.
 
     Positions are stored as in sparsekit-24, one by one: 1 bit a weight at 2:4. Ternary weights are told five
-    to a byte, pruned ones by their 0.
+    to a byte, pruned ones by their 0. Six levels are told three to a byte, and a group of 2:4 with its positions
+    by one.
 
     Args:
         rounding: How.
@@ -51,8 +62,11 @@ def bits_per_weight(rounding: Rounding, pattern: Pattern, size: int) -> float:
     """
     if rounding.levels == "ternary":
         return 8 / 5 + 16 / size
+    if rounding.levels == "six" and pattern == Pattern(2, 4):
+        return 8 / 4 + 16 / size
+    code = 8 / 3 if rounding.levels == "six" else rounding.bits - is_odd(rounding.levels)
     positions = (pattern.m - 1).bit_length() if pattern.sparsity else 0
-    return (1 - pattern.sparsity) * (rounding.bits - (rounding.levels == "odd") + positions) + 16 / size
+    return (1 - pattern.sparsity) * (code + positions) + 16 / size
 
 
 def group_of(rounding: Rounding, name: str, columns: int) -> int:
@@ -160,7 +174,6 @@ def learn_(
 
 def range_of(rounding: Rounding) -> tuple[float, float]:
     """The range of a grid in steps, half a level beyond the first and the last one."""
-    half = 2.0 ** (rounding.bits - 1)
-    if rounding.levels == "odd":
-        return -half, half
-    return lowest_code(rounding.levels) - half - 0.5, half - 0.5
+    lowest, highest = code_range(rounding.bits, rounding.levels)
+    zero, half = 2 ** (rounding.bits - 1), 1.0 if is_odd(rounding.levels) else 0.5
+    return lowest - zero - half, highest - zero + half

@@ -113,7 +113,7 @@ def test_grids_are_the_references(symmetric):
             assert (found._loss(weight) <= expected._loss(weight) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (2, "ternary")])
+@pytest.mark.parametrize(("bits", "levels"), [(2, "odd"), (3, "odd"), (4, "odd"), (4, "six"), (2, "ternary")])
 def test_grids_of_other_levels_are_the_references(bits, levels):
     generator = torch.Generator(CUDA).manual_seed(1)
     weight = torch.randn((1008, 128), generator=generator, device=CUDA)

@@ -86,7 +86,7 @@ def test_refresh_in_the_launch_of_the_update():
 @pytest.mark.parametrize("memory", [Memory(), LEAN])
 @pytest.mark.parametrize(
     ("bits", "levels", "size"),
-    [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1), (2, "ternary", 8)],
+    [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1), (3, "six", 8), (2, "ternary", 8)],
 )
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, Pattern(1, 2), Pattern.unstructured(0.0)])
 def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory):
@@ -113,7 +113,7 @@ def test_weights_go_on_the_references_grids(bits, levels, size, pattern, memory)
 @pytest.mark.parametrize("memory", [Memory(), LEAN])
 @pytest.mark.parametrize(
     ("bits", "levels", "size"),
-    [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1), (2, "ternary", 8)],
+    [(4, "integer", -1), (3, "integer", 8), (2, "odd", 8), (1, "odd", -1), (3, "six", 8), (2, "ternary", 8)],
 )
 def test_learned_steps_are_the_references(bits, levels, size, memory):
     made = pair(torch.bfloat16, Rule(rounding=rounding_of(bits, size, levels), learned=True), memory=memory)

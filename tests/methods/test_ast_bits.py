@@ -23,6 +23,7 @@ SEARCHED = 5
 TWO_OF_FOUR, DENSE = Pattern(2, 4), Pattern.unstructured(0.0)
 INT4 = {**SETTING, "bits": 4, "group_size": 8}
 ODD2 = {**SETTING, "bits": 2, "levels": "odd", "group_size": 8}
+SIX = {**SETTING, "bits": 3, "levels": "six", "group_size": 8}
 TERNARY = {**SETTING, "bits": 2, "levels": "ternary", "group_size": 8}
 ARMS = {
     "int4": INT4,
@@ -30,6 +31,7 @@ ARMS = {
     "odd 2": ODD2,
     "fitted": {**ODD2, "scales": "fitted"},
     "signs": {**ODD2, "bits": 1},
+    "six": SIX,
     "ternary": TERNARY,
     "late": {**INT4, "quantize_from": 0.5},
     "at the end": {**INT4, "quantize_from": 1.0},
@@ -59,7 +61,7 @@ def test_the_integers_are_what_the_student_computes_with(tmp_path, setting):
     job = make_job(tmp_path)
     trained = ast(job, **setting)
     modules = dict(job.student.named_modules())
-    odd = setting.get("levels") == "odd"
+    odd = setting.get("levels") in ("odd", "six")
     for name, state in trained.linears.items():
         assert torch.equal(state.quantized.dequantize(), modules[name].weight), name
         assert torch.equal(state.weight, modules[name].weight)
@@ -70,7 +72,7 @@ def test_the_integers_are_what_the_student_computes_with(tmp_path, setting):
         assert not level[~state.mask].any()
         if odd:
             assert torch.equal(level % 2 == 1, state.mask)
-            assert level.abs().max() == 2 ** setting["bits"] - 1
+            assert level.abs().max() == (5 if setting["levels"] == "six" else 2 ** setting["bits"] - 1)
 
 
 def test_every_matmul_sees_the_grid_from_its_step_on(tmp_path):
@@ -98,12 +100,15 @@ def test_dense_weights_on_a_grid_have_no_mask(tmp_path):
     assert trained.metrics["bits_per_weight"] == 2 + 16 / 8
 
 
-def test_dense_ternary_weights_have_three_levels(tmp_path):
-    trained = ast(make_job(tmp_path), pattern=DENSE, **TERNARY)
+@pytest.mark.parametrize(
+    ("setting", "codes", "bits"), [(TERNARY, [1, 2, 3], 8 / 5), (SIX, [3, 5, 7, 9, 11, 13], 8 / 3)]
+)
+def test_dense_weights_have_all_levels_and_no_other(tmp_path, setting, codes, bits):
+    trained = ast(make_job(tmp_path), pattern=DENSE, **setting)
     for state in trained.linears.values():
         assert state.mask is None
-        assert state.quantized.codes.unique().tolist() == [1, 2, 3]
-    assert trained.metrics["bits_per_weight"] == pytest.approx(8 / 5 + 16 / 8)
+        assert state.quantized.codes.unique().tolist() == codes
+    assert trained.metrics["bits_per_weight"] == pytest.approx(bits + 16 / 8)
 
 
 def test_a_mask_from_before_stays_without_a_pattern(tmp_path):
@@ -147,6 +152,7 @@ def brute(weight, levels):
         (1, "odd", [-1, 1]),
         (2, "odd", [-3, -1, 1, 3]),
         (3, "odd", [-7, -5, -3, -1, 1, 3, 5, 7]),
+        (3, "six", [-5, -3, -1, 1, 3, 5]),
         (2, "ternary", [-1, 0, 1]),
     ],
 )
@@ -219,7 +225,9 @@ def test_steps_stay_between_choices_of_the_mask():
     assert torch.equal(state["step"], Grid.fit(kept, 4).scale)
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(4, "integer"), (3, "integer"), (2, "odd"), (1, "odd"), (2, "ternary")])
+@pytest.mark.parametrize(
+    ("bits", "levels"), [(4, "integer"), (3, "integer"), (2, "odd"), (1, "odd"), (3, "six"), (2, "ternary")]
+)
 def test_a_learned_step_gets_autograds_gradient(bits, levels):
     torch.manual_seed(0)
     rounding = rounding_of(bits, 8, levels)
@@ -229,7 +237,8 @@ def test_a_learned_step_gets_autograds_gradient(bits, levels):
     state = {"dense": weight, "mask": mask, **first_step(store_scale(first), learned=True)}
     step = state["step"].clone().requires_grad_()
     top = 2 ** (rounding.bits - 1)
-    lowest, highest, half = -top if levels == "integer" else 1 - top, top - 1, 1.0 if levels == "odd" else 0.5
+    lowest, highest = {"integer": (-top, top - 1), "six": (-5, 5)}.get(levels, (1 - top, top - 1))
+    half = 1.0 if levels in ("odd", "six") else 0.5
     value = (weight.reshape(4, 2, 8) / step.unsqueeze(2)).clamp(lowest - half, highest + half)
     level = (on_grid(weight, mask, step.detach(), rounding).reshape(4, 2, 8) / step.detach().unsqueeze(2)).round()
     beyond = value.detach() != weight.reshape(4, 2, 8) / step.detach().unsqueeze(2)
@@ -265,6 +274,9 @@ def test_bits_of_a_weight():
     assert bits_per_weight(rounding_of(4, 128, "integer"), TWO_OF_FOUR, 128) == 3 + 1 / 8
     assert bits_per_weight(rounding_of(2, 128, "odd"), TWO_OF_FOUR, 128) == 2 + 1 / 8
     assert bits_per_weight(rounding_of(2, 128, "odd"), DENSE, 128) == 2 + 1 / 8
+    assert bits_per_weight(rounding_of(3, 128, "six"), TWO_OF_FOUR, 128) == 2 + 1 / 8
+    assert bits_per_weight(rounding_of(3, 128, "six"), Pattern(4, 8), 128) == pytest.approx((8 / 3 + 3) / 2 + 1 / 8)
+    assert bits_per_weight(rounding_of(3, 128, "six"), DENSE, 128) == pytest.approx(8 / 3 + 1 / 8)
     assert bits_per_weight(rounding_of(2, 128, "ternary"), DENSE, 128) == 1.6 + 1 / 8
     assert bits_per_weight(rounding_of(4, 64, "integer"), Pattern(4, 8), 64) == 3.5 + 1 / 4
 
@@ -277,7 +289,10 @@ REFUSED = {
     "bits: 1": "1 bit has the levels -1 and 0",
     "bits: 8, levels: odd": "up to 7 bits",
     "bits: 3, levels: ternary": "codes of 2 bits; write bits: 2 in place of 3",
-    "levels: ternary": "levels belongs to the grid",
+    "levels: ternary": "levels belongs to the grid.*add bits: 2, or drop levels",
+    "bits: 4, levels: six": "levels: six are ±1, ±3 and ±5, which take log2 6 = 2.6 bits; write bits: 3 in place of 4",
+    "levels: six": "levels belongs to the grid.*add bits: 3, or drop levels",
+    "bits: 3, levels: sixx": "sixx",
     "bits: 4, forward: dense": "forward: dense computes with pruned weights",
     "bits: 4, weight_scaling: 2": "weight_scaling multiplies rows",
     "bits: 9": "bits",
@@ -356,7 +371,13 @@ def test_rivals_without_a_pattern_are_stored_in_their_bits(tmp_path, random_mode
 
 
 def test_a_step_tells_the_bits_of_its_codes(tmp_path):
-    told = {"bits: 4": 4, "bits: 2, levels: odd": 3, "bits: 2, levels: ternary": 2, "kl: 1.0": None}
+    told = {
+        "bits: 4": 4,
+        "bits: 2, levels: odd": 3,
+        "bits: 3, levels: six": 4,
+        "bits: 2, levels: ternary": 2,
+        "kl: 1.0": None,
+    }
     for keys, bits in told.items():
         (step,) = read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}")).steps
         assert step.code_bits == bits
