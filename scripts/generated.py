@@ -15,9 +15,10 @@ from pathlib import Path
 import click
 
 from sparsekit.cli import main
+from sparsekit.method import Method
 from sparsekit.recipe import Recipe
 from sparsekit.recipe.entries import Exports, Gates, Measurements, ModelEntry, Numerics, Pages, Redo, Tasks, TextEntry
-from sparsekit.registry import BUILT_IN, METHODS, Method
+from sparsekit.registry import BUILT_IN, METHODS
 from sparsekit.terminal.console import type_name
 from sparsekit.testing import SUITES
 from sparsekit.testing.statistics import STATISTIC_CHECKS

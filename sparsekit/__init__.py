@@ -55,12 +55,12 @@ if TYPE_CHECKING:
     from sparsekit.reporting.sections import report_section as report_section
     from sparsekit.formats.base import Setting as Setting
     from sparsekit.interchange.imports import load_quantized as load_quantized
+    from sparsekit.method import Method as Method
     from sparsekit.pattern import Pattern as Pattern
     from sparsekit.quant import Grid as Grid, QuantizedWeight as QuantizedWeight
     from sparsekit.recipe import Recipe as Recipe, read_recipe as read_recipe
     from sparsekit.registry import (
         METHODS as METHODS,
-        Method as Method,
         allocation_method as allocation_method,
         group_method as group_method,
         linear_method as linear_method,

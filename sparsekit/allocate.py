@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from sparsekit.errors import MethodError, PluginError, in_one_line
-from sparsekit.registry import METHODS, Method
+from sparsekit.method import Method
+from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
 from sparsekit.stats import Statistic
 

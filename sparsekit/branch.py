@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekit.errors import MethodError
-from sparsekit.quant import QuantizedWeight
+from sparsekit.quant import Grid, QuantizedWeight
 
 ATTRIBUTE = "slorb"  # of a linear that computes a branch
 LENGTHS = (16, 32, 64)
@@ -110,6 +110,37 @@ def block_sums(rank: int, length: int) -> Tensor:
     return torch.eye(rank).repeat_interleave(length, 1)
 
 
+def hollow(rank: int, out: int, into: int, *, length: int | None = None, down: bool = True) -> Branch:
+    """A branch of floats that has shapes and no values, on the meta device.
+
+    Args:
+        rank: Columns of S.
+        out: Outputs of the linear.
+        into: Its inputs.
+        length: Inputs of a block; inputs over rank where X has none.
+        down: X is there.
+    """
+    projection = torch.empty(rank, into, device="meta") if down else None
+    return Branch(torch.empty(out, rank, device="meta"), projection, length or into // rank)
+
+
+def hollow_integers(rank: int, count: int, bits: int, group_size: int) -> QuantizedWeight:
+    """The same for a factor [rank, count] of integers."""
+    scale = torch.empty(rank, count // group_size, device="meta")
+    codes = torch.empty(rank, count, device="meta")
+    return QuantizedWeight.of(codes, Grid.of_scale(scale, bits), group_size=group_size, symmetric=True)
+
+
+def check_length(length: int, inputs: int, name: str = "") -> None:
+    """Refuse blocks that do not divide a row.
+
+    Raises:
+        MethodError: With the layer, where it has a name.
+    """
+    if inputs % length:
+        raise MethodError(f"slorb {length} does not divide {inputs} inputs", layer=name or None)
+
+
 def mean_branch(weight: Tensor, mask: Tensor, length: int, *, trained: bool, name: str = "") -> Branch:
     """S_ij = mean over block j of what the mask takes from row i; X as `block_sums`.
 
@@ -123,8 +154,7 @@ def mean_branch(weight: Tensor, mask: Tensor, length: int, *, trained: bool, nam
         MethodError: k does not divide the inputs.
     """
     inputs = weight.shape[1]
-    if inputs % length:
-        raise MethodError(f"slorb {length} does not divide {inputs} inputs", layer=name or None)
+    check_length(length, inputs, name)
     taken = weight.masked_fill(mask, 0.0)
     up = taken.reshape(len(weight), -1, length).mean(2)  # [out, in/k]
     return Branch(up, block_sums(inputs // length, length).to(up) if trained else None, length)

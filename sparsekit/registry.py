@@ -12,113 +12,23 @@ import importlib.metadata
 import inspect
 import os
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from pydantic import BaseModel
+from typing import Any, TypeVar
 
 from sparsekit.errors import PluginError, nearest
-from sparsekit.pluginfile import named_failures, run_file
-from sparsekit.signature import docstring, lower_case, parameters, positional, source_of, without_args
+from sparsekit.method import Branches, Check, Integers, Kind, Method, Rowwise, Scope
+from sparsekit.pluginfile import run_file
+from sparsekit.signature import lower_case, parameters, positional
 from sparsekit.stats import Statistic
 
-Kind = Literal["prune", "train", "quantize", "branch", "allocate"]
-Scope = Literal["linear", "group", "model", "layers"]
 F = TypeVar("F", bound=Callable[..., Any])
-Check = Callable[[Mapping[str, Any]], tuple[str, str] | None]
-Integers = Callable[[Mapping[str, Any]], int | None]
-Rowwise = Callable[[Mapping[str, Any]], bool]
 
 ENTRY_POINT_GROUP = "sparsekit.plugins"
 NO_PLUGINS = "SPARSEKIT_NO_PLUGINS"  # set to 1 to start without entry points
 HANDED = {"linear": ("layer",), "group": ("group",), "model": ("job",), "layers": ("layers", "sparsity")}  # by scope
 BUILT_IN = ("magnitude", "wanda", "sparsegpt", "rtn", "gptq", "awq", "lowrank", "ast")
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One pruner, trainer, quantizer or maker of low-rank branches.
-
-    Attributes:
-        name: What a recipe writes after `method:`.
-        kind: `prune` and `train` write weights and masks; `quantize` writes integers, and nothing
-            may write weights after it. `branch` writes a low-rank branch beside weights that stay, integers
-            too. `allocate` writes nothing: it says how sparse a pruner shall make each layer.
-        scope: What the function is called with: one linear, a group of linears, the model, or all
-            layers of a step one after another.
-        stats: The statistic it reads, None when it needs no calibration.
-        function: The plain function.
-        parameters: pydantic model of its keyword-only parameters; unknown keys are errors.
-        origin: Where it was loaded from.
-        digest: sha256 of the file that defines it, part of every fingerprint.
-        check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
-        dense: The linears it is given carry their dense values, `LinearState.dense`.
-        integers: Of a trainer: bits of the codes it leaves, given all parameters, None if it leaves floats.
-            No function for one that always does.
-        rowwise: Whether, with these arguments, the result of a row depends on that row and the statistic
-            alone: linears with one input may then be handed over as one. None is never.
-    """
-
-    name: str
-    kind: Kind
-    scope: Scope
-    stats: type[Statistic] | None
-    function: Callable[..., Any]
-    parameters: type[BaseModel]
-    origin: str
-    digest: str
-    dense: bool = False
-    check: Check | None = None
-    integers: Integers | None = None
-    rowwise: Rowwise | None = None
-
-    def quantizes(self, values: Mapping[str, Any]) -> bool:
-        """Whether its result is integers with these parameters; all of them, by name."""
-        return self.kind == "quantize" or (self.integers is not None and self.integers(values) is not None)
-
-    def code_bits(self, values: Mapping[str, Any]) -> int | None:
-        """Bits of the codes it leaves, as far as parameters tell; None without integers."""
-        found: int | None = values.get("bits") if self.integers is None else self.integers(values)
-        return found if self.quantizes(values) else None
-
-    @property
-    def built_in(self) -> bool:
-        """Whether it came with sparsekit."""
-        return self.origin.startswith("sparsekit.methods.")
-
-    @property
-    def guarded(self) -> Callable[..., Any]:
-        """The function as drivers call it: a plugin that fails is named; see `named_failures`."""
-        return named_failures(f"method {self.name}", self.function)(self.function)
-
-    @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return docstring(self.function).partition("\n")[0]
-
-    @property
-    def text(self) -> str:
-        """The docstring without its `Args:` section, which the parameter table shows."""
-        return without_args(docstring(self.function))
-
-    @property
-    def source(self) -> str:
-        """The `Source:` paragraph of the docstring: paper, equation."""
-        return source_of(docstring(self.function))
-
-    def accepts(self, annotation: Any) -> str | None:
-        """Name of the first parameter of that type, None if there is none."""
-        for name, info in self.parameters.model_fields.items():
-            if annotation in (info.annotation, *typing.get_args(info.annotation)):
-                return name
-        return None
-
-    def by_rows(self, arguments: Mapping[str, Any]) -> bool:
-        """`rowwise` of some arguments; those that are absent have their defaults."""
-        defaults = {name: info.default for name, info in self.parameters.model_fields.items()}
-        return self.rowwise is not None and self.rowwise({**defaults, **arguments})
 
 
 class Registry:
@@ -217,6 +127,7 @@ def linear_method(
     stats: type[Statistic] | None = None,
     dense: bool = False,
     rowwise: Rowwise | None = None,
+    branches: Branches | None = None,
 ) -> Callable[[F], F]:
     """Register `f(layer: LinearState, [stats], /, *, params) -> LinearState`, called for every linear.
 
@@ -226,8 +137,9 @@ def linear_method(
         stats: The statistic of the layer's inputs to collect, None for no calibration.
         dense: Hand the values before any pruning over in `layer.dense`.
         rowwise: See `Method`.
+        branches: See `Method`.
     """
-    return _decorator(name, kind, "linear", stats, dense, rowwise=rowwise)
+    return _decorator(name, kind, "linear", stats, dense, rowwise=rowwise, branches=branches)
 
 
 def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -236,7 +148,12 @@ def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None)
 
 
 def model_method(
-    name: str, *, kind: Kind, check: Check | None = None, integers: Integers | None = None
+    name: str,
+    *,
+    kind: Kind,
+    check: Check | None = None,
+    integers: Integers | None = None,
+    branches: Branches | None = None,
 ) -> Callable[[F], F]:
     """Register `f(job: TrainJob, /, *, params) -> Trained`, called once with the whole model.
 
@@ -246,8 +163,9 @@ def model_method(
         check: Given all parameters, what is wrong between them: (parameter, message), or None.
         integers: Given all parameters, the bits of the codes of the result, or None for floats; with bits the
             step counts as the recipe's quantizer.
+        branches: See `Method`.
     """
-    return _decorator(name, kind, "model", None, check=check, integers=integers)
+    return _decorator(name, kind, "model", None, check=check, integers=integers, branches=branches)
 
 
 def allocation_method(name: str, *, stats: type[Statistic] | None = None) -> Callable[[F], F]:
@@ -268,10 +186,12 @@ def _decorator(
     check: Check | None = None,
     integers: Integers | None = None,
     rowwise: Rowwise | None = None,
+    branches: Branches | None = None,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
         made = _method(name, kind, scope, stats, function)
-        METHODS.register(replace(made, dense=dense, check=check, integers=integers, rowwise=rowwise))
+        given = replace(made, dense=dense, check=check, integers=integers, rowwise=rowwise, branches=branches)
+        METHODS.register(given)
         return function
 
     return register

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparsekit.errors import MethodError, NumericsError, PatternError
 from sparsekit.ladder import rungs_of
+from sparsekit.method import Kind
 from sparsekit.pattern import Pattern
 from sparsekit.quant import QuantizedWeight
-from sparsekit.registry import Kind
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Gram, Statistic
 

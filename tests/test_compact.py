@@ -112,8 +112,8 @@ def test_one_linear_that_has_other_levels_decides_for_all():
 
 def test_what_has_no_layout_is_refused_by_name():
     told = {
-        "1 codes are an even number": (changed(made(ODD, 2), 2), ODD),
-        "1 codes stand for -2": (changed(made(TERNARY, 2), 0), TERNARY),
+        "codes are an even number": (changed(made(ODD, 2), 2), ODD),
+        "codes stand for -2": (changed(made(TERNARY, 2), 0), TERNARY),
         "3 bits have no sparsekit-compact layout with levels ternary": (made(ODD, 2), TERNARY),
         "5 bits have no sparsekit-compact layout with levels integer": (made(ODD, 4), INTEGER),
         "its 24 inputs are not a multiple of 16": (made(ODD, 2, (4, 24), 8), ODD),

@@ -149,7 +149,7 @@ def one_pruned(codes: Tensor) -> None:
 def test_what_is_not_odd_is_stored_as_integers_or_refused_by_name():
     assert setting(broken(made(ODD, 2), even)).layout == INTEGER  # 3 bits then
     state = made(ODD, 4)
-    for change, why in ((even, "kept codes are an even number of steps"), (one_pruned, "1 groups of 4 do not hold")):
+    for change, why in ((even, "kept codes are an even number of steps"), (one_pruned, "groups of 4 do not hold")):
         with pytest.raises(CheckpointError, match=rf"no sparsekit-24-compact export: a.q: 5 bits have no .*{why}"):
             setting(broken(state, change))
     with pytest.raises(CheckpointError, match=r"6 bits have no sparsekit-24-compact layout.*6 bits are stored as 5"):
@@ -166,7 +166,7 @@ def test_one_linear_that_is_not_odd_decides_for_all():
     assert find_setting(COMPACT, [(BlockState(linears, {}), names)]).layout == ODD
     linears["b"] = broken(linears["b"], even)
     assert find_setting(COMPACT, [(BlockState(linears, {}), names)]).layout == INTEGER
-    with pytest.raises(CheckpointError, match=r"b: \d+ kept codes are an even number of steps"):
+    with pytest.raises(CheckpointError, match=r"b: kept codes are an even number of steps"):
         find_setting(COMPACT, [(BlockState(linears, {}), names)], ODD)
 
 

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from sparsekit import testing
 from sparsekit.cli import main
 from sparsekit.errors import ContractError, PluginError
+from sparsekit.method import Method
 from sparsekit.pattern import Pattern
-from sparsekit.registry import BUILT_IN, METHODS, Method
+from sparsekit.registry import BUILT_IN, METHODS
 from sparsekit.state import LinearState
 from sparsekit.stats import InputNorm
 from sparsekit.testing import Subject, check_method, outcomes

@@ -15,8 +15,8 @@ from sparsekit.blockwise.stacking import at_once, joined, pieces, plain, sent
 from sparsekit.checkpoint import HOST
 from sparsekit.errors import MethodError, PluginError
 from sparsekit.ladder import UNREACHED, Ladder
+from sparsekit.method import Method
 from sparsekit.pattern import Pattern
-from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic, added
 from sparsekit.verify import Examined, LayerRecord, examined, of_rows, same_group

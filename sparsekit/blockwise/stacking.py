@@ -16,7 +16,7 @@ import torch
 from sparsekit.blockwise.activations import free_memory
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import MethodError, PluginError
-from sparsekit.registry import Method
+from sparsekit.method import Method
 from sparsekit.state import LinearState
 from sparsekit.stats import Statistic
 

@@ -24,11 +24,11 @@ from sparsekit.checkpoint import HOST, BlockState, StepStore
 from sparsekit.crossgram import Owed, Paired
 from sparsekit.errors import MethodError
 from sparsekit.ladder import Ladder
+from sparsekit.method import Method
 from sparsekit.models.groups import Producer
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.pluginfile import named_failures
-from sparsekit.registry import Method
 from sparsekit.state import Group
 from sparsekit.stats import Gram, Statistic
 from sparsekit.verify import Examined, LayerRecord, concluded

@@ -71,10 +71,10 @@ class Compact:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
         if weight.bits - (layout == ODD) not in STORED[layout]:
             return f"{weight.bits} bits have no sparsekit-compact layout with levels {layout}; {FEWER}"
-        if layout == ODD and (even := int((weight.codes & 1 ^ 1).sum())):
-            return f"{even} codes are an even number of steps from zero"
-        if layout == TERNARY and (lowest := int((weight.codes == 0).sum())):
-            return f"{lowest} codes stand for -2"
+        if layout == ODD and bool((weight.codes & 1 ^ 1).any()):
+            return "codes are an even number of steps from zero"
+        if layout == TERNARY and bool((weight.codes == 0).any()):
+            return "codes stand for -2"
         return inexact_scale(weight)
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:

@@ -152,10 +152,10 @@ def _not_odd(weight: QuantizedWeight) -> str | None:
     if weight.bits - 1 not in STORED[ODD]:
         return f"{weight.bits} bits are stored as {weight.bits - 1}, of which there is no layout"
     holds = used(weight)
-    if others := int((counts(holds) != 2).sum()):
-        return f"{others} groups of 4 do not hold exactly two weights"
-    if even := int(counts(holds & ~quads(weight.codes)).sum()):
-        return f"{even} kept codes are an even number of steps from zero"
+    if bool((counts(holds) != 2).any()):
+        return "groups of 4 do not hold exactly two weights"
+    if bool(counts(holds & ~quads(weight.codes)).any()):
+        return "kept codes are an even number of steps from zero"
     return None
 
 

@@ -43,9 +43,8 @@ def counts(each: Tensor) -> Tensor:
 
 def crowded(weight: QuantizedWeight) -> str | None:
     """Why a weight is not 2:4, in words, or None."""
-    many = int((counts(used(weight)) > 2).sum())
-    told = f"{many} groups of 4 hold more than two weights; prune it to 2:4, or let the quantizer ignore it"
-    return told if many else None
+    many = bool((counts(used(weight)) > 2).any())
+    return "groups of 4 hold more than two weights; prune it to 2:4, or let the quantizer ignore it" if many else None
 
 
 def places_of(weight: QuantizedWeight, mask: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError, in_one_line
 from sparsekit.files import read_json, read_tensors, write_json, write_tensors
 from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
+from sparsekit.models.arch import Form
 from sparsekit.quant import Grid, QuantizedWeight
 
 ADAPTER = "adapter"  # directory inside an export
@@ -36,28 +37,39 @@ PREFIX = "base_model.model."  # of every tensor in PEFT's files
 
 
 def branches_of(
-    blocks: Callable[[int], BlockState], names: Callable[[int, BlockState], set[str]], count: int
+    blocks: Callable[[int], BlockState], form: Callable[[str], Form], count: int, *, opened: bool
 ) -> dict[str, Branch]:
     """Every branch by linear.
 
     Args:
         blocks: State of each block by index.
-        names: Names of a block's tensors in the Hugging Face model.
+        form: How the Hugging Face model stores a linear.
         count: Blocks.
+        opened: Transformers opens the export and is given the branches, as a run does with a dense one.
     Raises:
-        CheckpointError: A linear with a branch is part of a fused tensor, to which no adapter can be added.
+        CheckpointError: A linear with a branch has no place for it.
     """
     found: dict[str, Branch] = {}
     for index in range(count):
-        block = blocks(index)
-        own = {name: state.branch for name, state in block.linears.items() if state.branch is not None}
-        there = names(index, block) if own else set()
-        fused = [name for name in own if f"{name}.weight" not in there]
-        if fused:
-            message = "the model stores it inside a fused tensor, and an adapter has no place for its low-rank branch"
-            raise CheckpointError(f"{fused[0]}: {message}; leave it out of the step that adds branches")
-        found |= own
+        for name, state in blocks(index).linears.items():
+            if state.branch is None:
+                continue
+            if reason := _no_place(form(name), opened=opened):
+                raise CheckpointError(f"{name}: {reason}; leave it out of the step that adds branches")
+            found[name] = state.branch
     return found
+
+
+def _no_place(form: Form, *, opened: bool) -> str | None:
+    """Why a linear can have no low-rank branch in an export, in words, or None."""
+    if form == "expert":
+        return "the model stores it inside a fused tensor, and an adapter has no place for its low-rank branch"
+    if form == "transposed" and opened:
+        return (
+            "Transformers computes it by a Conv1D, which can carry no low-rank branch in a dense export; "
+            "export it in a format that sparsekit reads"
+        )
+    return None
 
 
 def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dtype, *, integers: bool = False) -> int:

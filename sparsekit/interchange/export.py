@@ -39,6 +39,7 @@ from sparsekit.interchange.hfdir import (
 from sparsekit.interchange.imports import MASKS, QuantizedFiles
 from sparsekit.interchange.since import recorded
 from sparsekit.interchange.sizes import ExportReport, Tally
+from sparsekit.models.arch import Form
 from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
 
@@ -60,6 +61,9 @@ class ExportedModel(Protocol):
 
     def to_hf(self, index: int, block: BlockState) -> dict[str, Tensor]:
         """A block's tensors under their Hugging Face names, shapes and dtype."""
+
+    def form(self, linear: str) -> Form:
+        """How the Hugging Face model stores a linear."""
 
     def rest_to_hf(self) -> dict[str, Tensor]:
         """The tensors outside the blocks under their Hugging Face names."""
@@ -96,7 +100,7 @@ def export_as(
     """
     storage, tally = storage_format.storage, Tally()
     setting = None if storage is None else find_setting(storage, _named_blocks(view, blocks), layout)
-    branches = branches_of(blocks, lambda index, block: set(view.to_hf(index, block)), len(view.blocks))
+    branches = branches_of(blocks, view.form, len(view.blocks), opened=storage is None)
     with staged(directory, view.path) as target:
         writer = _Writer(ShardWriter(target, max_shard, "model" if storage is None else storage.stem), tally)
         left_dense = _write_blocks(view, blocks, patterns or {}, writer, storage, setting)
@@ -149,8 +153,7 @@ def _write_blocks(
 ) -> list[str]:
     """Write every block; returns the linears that are not stored as integers."""
     left_dense: list[str] = []
-    for index in range(len(view.blocks)):
-        block = blocks(index)
+    for index, block in enumerate(map(blocks, range(len(view.blocks)))):
         dense: dict[str, LinearState] = {}
         for linear, stored in block.linears.items():
             state, told = _integers_on(view.device, stored), None
@@ -256,11 +259,9 @@ class _Writer:
 
 
 def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockState, set[str]]]:
-    """Every block with the names its tensors get."""
-    for index in range(len(view.blocks)):
-        block = blocks(index)
-        hollow = {name: LinearState(name, state.source.to("meta")) for name, state in block.linears.items()}
-        yield block, set(view.to_hf(index, BlockState(hollow, block.params)))
+    """Every block with the names its weights get, those of fused tensors left out."""
+    for block in map(blocks, range(len(view.blocks))):
+        yield block, {f"{name}.weight" for name in block.linears if view.form(name) != "expert"}
 
 
 def _untied(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from sparsekit.branch import Branch, check_length, hollow
 from sparsekit.errors import MethodError
 from sparsekit.kernels import Kernels
 from sparsekit.pattern import Pattern
@@ -93,7 +94,16 @@ def _integers(values: Mapping[str, Any]) -> int | None:
     return None if bits is None else bits + is_odd(values["levels"])
 
 
-@model_method("ast", kind="train", check=_wrong, integers=_integers)
+def _branches(values: Mapping[str, Any], out: int, into: int) -> Branch | None:
+    """The shapes of the branch beside a linear."""
+    length = values["slorb"]
+    if length is None:
+        return None
+    check_length(length, into)
+    return hollow(into // length, out, into, length=length, down=values["slorb_projection"] == "trained")
+
+
+@model_method("ast", kind="train", check=_wrong, integers=_integers, branches=_branches)
 def ast(
     job: TrainJob,
     /,

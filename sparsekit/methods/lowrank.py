@@ -1,12 +1,13 @@
 """Low-rank branches in closed form, after SLiM (Mozaffari et al. 2024, arXiv:2410.09615)."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsekit.branch import Branch
+from sparsekit.branch import Branch, hollow, hollow_integers
 from sparsekit.crossgram import StreamGram
 from sparsekit.errors import MethodError, NumericsError
 from sparsekit.methods.gptq import Bits
@@ -19,7 +20,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-@linear_method("lowrank", kind="branch", stats=StreamGram, dense=True)
+def _branches(values: Mapping[str, Any], out: int, into: int) -> Branch:
+    """The shapes of the branch beside a linear."""
+    rank, bits, size = min(values["rank"], out, into), values["bits"], values["group_size"]
+    if bits is None:
+        return hollow(rank, out, into)
+    return Branch.of_integers(*(hollow_integers(rank, count, bits, shared(size, count)) for count in (out, into)))
+
+
+@linear_method("lowrank", kind="branch", stats=StreamGram, dense=True, branches=_branches)
 def lowrank(
     layer: LinearState,
     gram: StreamGram,
@@ -94,6 +103,11 @@ def solved(error: Tensor, matrix: Tensor, down: Tensor) -> Tensor:
     return across.t()
 
 
+def shared(group_size: int, count: int) -> int:
+    """Entries of a row of `count` that share a step: a group, where groups divide it, or all."""
+    return group_size if group_size > 0 and count % group_size == 0 else count
+
+
 def integers(factor: Tensor, bits: int, group_size: int) -> QuantizedWeight:
     """A factor [rank, n] on symmetric grids with the searched range.
 
@@ -102,8 +116,7 @@ def integers(factor: Tensor, bits: int, group_size: int) -> QuantizedWeight:
         bits: Of a code.
         group_size: Entries of a row that share a step, where it divides the row.
     """
-    count = factor.shape[1]
-    size = group_size if group_size > 0 and count % group_size == 0 else count
+    size = shared(group_size, factor.shape[1])
     rounding = Rounding(bits, size, mse=True)
     grouped = factor.reshape(len(factor), -1, size)
     grid = rounding.fit(grouped)

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+Form = Literal["same", "transposed", "expert"]
 FUSED = ("gate_up_proj", "down_proj")
 
 
@@ -30,7 +31,7 @@ class Origin:
     """
 
     name: str
-    form: Literal["same", "transposed", "expert"] = "same"
+    form: Form = "same"
     expert: int = 0
 
     def take(self, tensor: Tensor) -> Tensor:

@@ -144,3 +144,12 @@ def _find_blocks(module: nn.Module) -> list[str]:
     if not best:
         raise ModelError(f"{type(module).__name__} has no list of repeated blocks with linear layers")
     return best
+
+
+def sites(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Where each parameter is held; a tied one in several places."""
+    by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            by_identity.setdefault(id(parameter), []).append((owner, attribute))
+    return {name: by_identity[id(parameter)] for name, parameter in module.named_parameters()}

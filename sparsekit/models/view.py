@@ -20,8 +20,8 @@ from sparsekit.branch import attach, detach
 from sparsekit.checkpoint import HOST, BlockState, Stored
 from sparsekit.errors import NumericsError
 from sparsekit.formats.base import Setting, Storage
-from sparsekit.models.arch import Origin, canonicalise
-from sparsekit.models.blocks import BlockModel
+from sparsekit.models.arch import Form, Origin, canonicalise
+from sparsekit.models.blocks import BlockModel, sites
 from sparsekit.models.locate import device_of, dtype_of, locate, offline, skeleton
 from sparsekit.models.weights import Weights
 from sparsekit.state import LinearState
@@ -66,7 +66,7 @@ class ModelView(BlockModel):
         self._weights = weights
         self._origins = origins
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self._sites = _sites(module)
+        self._sites = sites(module)
         self._changed: set[str] = set()
         for name in [] if empty else self._outside():
             self._place(name, self._read(name))
@@ -181,10 +181,21 @@ class ModelView(BlockModel):
 
     def integers(self, linear: str) -> tuple[Storage, Setting, dict[str, Tensor]] | None:
         """The tensors of a quantized linear as the model's files have them, on the host; None when it is not one."""
-        weight = f"{linear}.weight"
-        stem = self._weights.stem(self._origins.get(weight, Origin(weight)).name)
-        held = self._weights.quantized
+        held, stem = self._weights.quantized, self._stem(linear)
         return None if stem is None or held is None else (held.storage, held.setting, held.parts(stem))
+
+    def form(self, linear: str) -> Form:
+        """How the Hugging Face model stores a linear."""
+        return self._origins.get(f"{linear}.weight", Origin(linear)).form
+
+    def setting(self, linear: str) -> Setting | None:
+        """The setting of a linear that the model's files have as integers, or None; nothing of it is read."""
+        held = self._weights.quantized
+        return None if held is None or self._stem(linear) is None else held.setting
+
+    def _stem(self, linear: str) -> str | None:
+        weight = f"{linear}.weight"
+        return self._weights.stem(self._origins.get(weight, Origin(weight)).name)
 
     def place(self, name: str) -> None:
         """Put one parameter on the device as the model's files have it."""
@@ -285,12 +296,3 @@ class ModelView(BlockModel):
         parameter = nn.Parameter(value, requires_grad=False)
         for owner, attribute in self._sites[name]:
             setattr(owner, attribute, parameter)
-
-
-def _sites(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Where each parameter is held; a tied one in several places."""
-    by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            by_identity.setdefault(id(parameter), []).append((owner, attribute))
-    return {name: by_identity[id(parameter)] for name, parameter in module.named_parameters()}

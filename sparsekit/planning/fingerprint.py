@@ -14,10 +14,10 @@ import torch
 from sparsekit import __version__
 from sparsekit.errors import ModelError, RecipeError
 from sparsekit.kept import sha256_file
+from sparsekit.method import Method
 from sparsekit.models.locate import locate
 from sparsekit.pluginfile import foreign_sources
 from sparsekit.recipe import Recipe, Step
-from sparsekit.registry import Method
 
 NOT_READ = "not read"  # in place of the digest of a model whose files are not read
 FULL_DIGEST_BYTES = 8 * 2**30  # weight files beyond this are told apart by header, size and date

@@ -18,6 +18,7 @@ from sparsekit.formats import FORMATS
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
+from sparsekit.planning.foreseen import Foreseen
 from sparsekit.quant import NO_GROUP_SIZE
 from sparsekit.recipe import Recipe, Step
 from sparsekit.reporting.sections import SECTIONS
@@ -47,7 +48,7 @@ class PlannedStep:
     @property
     def arguments(self) -> dict[str, Any]:
         """The method's keyword arguments."""
-        return {name: getattr(self.step.params, name) for name in type(self.step.params).model_fields}
+        return self.step.values
 
     @property
     def title(self) -> str:
@@ -141,6 +142,9 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
     formats: dict[str, Named] = {f"export {name}": FORMATS[name] for name in recipe.export.formats}
     sections: dict[str, Named] = {f"report section {name}": SECTIONS[name] for name in recipe.report.sections}
     used = {**formats, **code_of(recipe.evaluate.measures), **sections}
+    foreseen = Foreseen(view, steps)
+    for index, name in enumerate(recipe.export.formats):
+        foreseen.check(FORMATS[name], recipe.where("export", "formats", index))
     return Plan(steps, coverage, digest, [*view.notes, *_foreign_code(steps), *foreign_code(used)])
 
 

@@ -18,9 +18,10 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from sparsekit.allocate import Allocate
 from sparsekit.errors import PluginError, nearest
+from sparsekit.method import Method
 from sparsekit.pattern import Pattern
 from sparsekit.recipe.yamllines import Keys, shown
-from sparsekit.registry import METHODS, Method
+from sparsekit.registry import METHODS
 from sparsekit.units import Fraction
 
 Schedule = Literal["block", "group"]
@@ -63,15 +64,16 @@ class Step:
     @property
     def quantizes(self) -> bool:
         """Whether it leaves integers; nothing may write weights after it."""
-        return self.method.quantizes(self._values)
+        return self.method.quantizes(self.values)
 
     @property
     def code_bits(self) -> int | None:
         """Bits of the codes it leaves; None without integers."""
-        return self.method.code_bits(self._values)
+        return self.method.code_bits(self.values)
 
     @property
-    def _values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
+        """The method's keyword arguments."""
         return {name: getattr(self.params, name) for name in type(self.params).model_fields}
 
     @property

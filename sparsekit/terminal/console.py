@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from sparsekit.method import Method
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
-from sparsekit.registry import Method
 from sparsekit.reporting.numerals import duration as duration
 from sparsekit.reporting.numerals import megabytes
 from sparsekit.shelf import Named, Shelf

@@ -19,8 +19,9 @@ from sparsekit.errors import PluginError, nearest
 from sparsekit.evaluation.measures import EVALUATORS, Measure
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Format
+from sparsekit.method import Method
 from sparsekit.pattern import Pattern
-from sparsekit.registry import METHODS, Method
+from sparsekit.registry import METHODS
 from sparsekit.reporting.sections import SECTIONS, Section
 from sparsekit.shelf import Named, Shelf
 from sparsekit.testing import evaluators, storages

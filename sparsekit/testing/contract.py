@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import ContractError, MethodError
+from sparsekit.method import Method
 from sparsekit.pattern import Pattern
 from sparsekit.pluginfile import described
-from sparsekit.registry import METHODS, Method
+from sparsekit.registry import METHODS
 from sparsekit.state import Group, LinearState
 from sparsekit.testing.specimens import (
     COLUMNS,

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from sparsekit.errors import ContractError, PluginError, nearest
+from sparsekit.method import Method
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.recipe.yamllines import Document
-from sparsekit.registry import Method
 from sparsekit.state import Group, LinearState
 from sparsekit.stats import Statistic, added, begun
 from sparsekit.training.loop import Trained, TrainJob

@@ -13,10 +13,10 @@ from torch import Tensor
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.files import write_text
+from sparsekit.method import Method
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
-from sparsekit.registry import Method
 from sparsekit.state import LinearState
 from sparsekit.training.loop import Trained, TrainJob
 from sparsekit.training.world import ALONE, World
