@@ -58,6 +58,11 @@ class Branch:
         return self.up.numel() + (0 if self.down is None else self.down.numel())
 
     @property
+    def inputs(self) -> int:
+        """Of its linear."""
+        return self.up.shape[1] * self.length if self.down is None else self.down.shape[1]
+
+    @property
     def projection(self) -> Tensor:
         """X written out, [in/k, in]."""
         return block_sums(self.up.shape[1], self.length).to(self.up) if self.down is None else self.down

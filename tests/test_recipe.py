@@ -196,6 +196,8 @@ def test_keys_that_yaml_reads_as_booleans_stay_text(tmp_path):
 
 # bad recipes: (what is replaced, by what, line of the error, words of the message)
 
+RTN = "  - {method: rtn, bits: 4}"
+TRAIN = '  - {method: ast, pattern: "2:4", tokens: 1000000, '
 BAD: list[tuple[str, str, int, list[str]]] = [
     ("bits", "bitz", 11, ["unknown key 'bitz' in step 2", "group_size", "Did you mean 'bits'?"]),
     ("seq_len", "seqlen", 4, ["unknown key 'seqlen' in data.calibration", "Did you mean 'seq_len'?"]),
@@ -289,6 +291,9 @@ BAD: list[tuple[str, str, int, list[str]]] = [
     ("evaluate:", "export: {formats: [dense, dense]}\nevaluate:", 12, ["'dense' is listed twice"]),
     ("  - {method: rtn, bits: 4}", "export: {formats: [gptq]}", 11, ["gptq export", "no step quantizes"]),
     ("bits: 4}", "bits: 3}\nexport: {formats: [awq]}", 12, ["codes of 4 bits", "step 2 (rtn) have 3"]),
+    (RTN, TRAIN + "batch: 8, micro_batch: 3}", 11, ["micro_batch 3 does not divide batch 8"]),
+    (RTN, TRAIN + "batch: 9, gpus: 2}", 11, ["batch 9 does not divide among 2 processes"]),
+    (RTN, TRAIN + "batch: 8, gpus: 2, micro_batch: 8}", 11, ["8 does not divide the 4 windows that each of 2"]),
     ("model:", "\tmodel:", 2, ["a tab is used", "spaces"]),
     ("[heldout]}", "[heldout}", 12, ["not YAML"]),
     ("name: good", "name: @good", 1, ["not YAML", "quotes"]),
@@ -303,6 +308,12 @@ BAD: list[tuple[str, str, int, list[str]]] = [
     ("name: good", 'name: "a\\0b"', 1, ["zero character"]),
     ("name: good", f"name: good\nseed: {'9' * 5000}", 2, ["no number that can be read"]),
 ]
+
+
+def test_tokens_of_less_than_a_step_are_named_by_line(tmp_path):
+    text = GOOD.replace(RTN, TRAIN + "batch: 999}").replace("data:", "data:\n  train: {path: a.txt}")
+    with pytest.raises(RecipeError, match="yaml:12: tokens 1,000,000 is less than one step of 999 x 1024 = 1,022,976"):
+        read(tmp_path, text)
 
 
 @pytest.mark.parametrize(

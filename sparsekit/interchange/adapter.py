@@ -93,6 +93,25 @@ def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dty
     return (directory / WEIGHTS).stat().st_size
 
 
+def adapter_bytes(branches: Sequence[Branch], stored: int, *, integers: bool) -> int:
+    """The tensors of an adapter, in bytes.
+
+    Args:
+        branches: Hollow ones will do.
+        stored: Bytes of a value.
+        integers: The export's weights are read by sparsekit alone.
+    """
+    if not (integers and all(branch.integers for branch in branches)):
+        return stored * sum(branch.up.numel() + branch.up.shape[1] * branch.inputs for branch in branches)
+    return sum(tensor.nbytes for branch in branches for held in branch.integers or () for tensor in _packed(held))
+
+
+def _packed(held: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Codes and steps of a factor as they are stored."""
+    width = next(bits for bits in PACKED if bits >= held.bits)
+    return pack_padded(held.codes, width), held.scale
+
+
 def _write_integers(directory: Path, branches: Mapping[str, Branch]) -> int:
     """Write the integers of branches, and read them back.
 
@@ -103,12 +122,9 @@ def _write_integers(directory: Path, branches: Mapping[str, Branch]) -> int:
     about: dict[str, Any] = {}
     for name, branch in branches.items():
         assert branch.integers is not None  # the caller has looked
-        about[name] = []
+        about[name] = [{"bits": held.bits, "inputs": held.codes.shape[1]} for held in branch.integers]
         for part, held in zip(PARTS, branch.integers, strict=True):
-            width = next(bits for bits in PACKED if bits >= held.bits)
-            tensors[f"{name}.{part}"] = pack_padded(held.codes, width)
-            tensors[f"{name}.{part}_scales"] = held.scale
-            about[name].append({"bits": held.bits, "inputs": held.codes.shape[1]})
+            tensors[f"{name}.{part}"], tensors[f"{name}.{part}_scales"] = _packed(held)
     write_tensors(directory / OUR_WEIGHTS, tensors)
     write_json(directory / OUR_CONFIG, {"version": VERSION, "branches": about})
     for name, branch in _read_integers(directory).items():

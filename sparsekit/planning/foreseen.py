@@ -61,15 +61,12 @@ class Foreseen:
         except (CheckpointError, MethodError) as error:
             raise RecipeError(str(error), where=where) from error
 
-    def branch(self, name: str, shape: Shape) -> Branch | None:
-        """The low-rank branch a linear will have, on meta; the first step that adds one decides."""
-        meant = (planned.step for planned in self.steps if name in planned.selected)
-        return next(filter(None, (step.method.branch_of(step.values, *shape) for step in meant)), None)
-
     def _branched(self, index: int) -> BlockState:
         """A block with nothing but its branches."""
         hollow = {name: torch.empty(shape, device="meta") for name, shape in self._shapes(index)}
-        return BlockState({n: LinearState(n, t, branch=self.branch(n, (*t.shape,))) for n, t in hollow.items()})
+        return BlockState(
+            {n: LinearState(n, t, branch=branch_of(self.steps, n, (*t.shape,))) for n, t in hollow.items()}
+        )
 
     def _shapes(self, index: int) -> Iterator[tuple[str, Shape]]:
         return ((name, (linear.out_features, linear.in_features)) for name, linear in self.view.linears(index).items())
@@ -124,6 +121,16 @@ class Foreseen:
             act_order=values.get("act_order") == "dynamic",
             layout="" if step.method.built_in and values.get("levels", "integer") == "integer" else "odd",
         )
+
+
+def branch_of(steps: Sequence[PlannedStep], name: str, shape: Shape) -> Branch | None:
+    """The low-rank branch a linear will have after some steps, on meta; the first step that adds one decides.
+
+    Raises:
+        MethodError: There is none for such a linear.
+    """
+    meant = (planned.step for planned in steps if name in planned.selected)
+    return next(filter(None, (step.method.branch_of(step.values, *shape) for step in meant)), None)
 
 
 def _rows(shape: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
     """Every contradiction: (keys, message)."""
     yield from _wrong_order(recipe)
     yield from _missing_texts(recipe)
+    yield from _wrong_batches(recipe)
     yield from _wrong_measurements(recipe)
     yield from _wrong_paths(recipe)
     yield from _wrong_exports(recipe)
@@ -73,6 +74,24 @@ def _missing_texts(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         if (step.method.scope == "model" or step.method.kind == "train") and recipe.data.train is None:
             example = "train: {path: builtin:train}"
             yield ("steps", index), f"{name} reads a training text and there is no data.train; add {example}"
+
+
+def _wrong_batches(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
+    """The windows of a training step divide among processes and forwards, and its tokens are a step at least."""
+    data = recipe.data.train
+    for index, step in enumerate(recipe.steps):
+        batch, micro, tokens = (step.values.get(key) for key in ("batch", "micro_batch", "tokens"))
+        if step.method.scope != "model" or not isinstance(batch, int):
+            continue
+        share, rest = divmod(batch, step.gpus)
+        if rest:
+            yield ("steps", index, "gpus"), f"batch {batch} does not divide among {step.gpus} processes"
+        elif isinstance(micro, int) and share % micro:
+            of = f"batch {batch}" if step.gpus == 1 else f"the {share} windows that each of {step.gpus} processes gets"
+            yield ("steps", index, "micro_batch"), f"micro_batch {micro} does not divide {of}"
+        if data is not None and isinstance(tokens, int) and tokens < batch * data.seq_len:
+            a_step = f"{batch} x {data.seq_len} = {batch * data.seq_len:,}"
+            yield ("steps", index, "tokens"), f"tokens {tokens:,} is less than one step of {a_step}"
 
 
 def _wrong_measurements(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
