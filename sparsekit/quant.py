@@ -139,7 +139,7 @@ class Grid:
         return (self.encode(weight, kept) - self.zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)
 
 
-def is_odd(levels: Levels) -> bool:
+def is_odd(levels: str) -> bool:
     """Whether kept codes are an odd number of steps from zero, so that 0 is left to pruned ones."""
     return levels in ("odd", "six")
 

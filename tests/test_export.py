@@ -198,20 +198,22 @@ def test_gptq_export_holds_exactly_the_integers(view, tmp_path, bits):
     assert report.bytes.positions == 0
 
 
-def odd(state: LinearState, kept_bits: int, group: int = 32) -> LinearState:
-    """What training to odd levels leaves: a symmetric grid of one bit more, every kept code odd, the rest zero."""
+def odd(state: LinearState, kept_bits: int, top: int, group: int = 32) -> LinearState:
+    """What training to odd levels up to `top` leaves: a symmetric grid of one bit more, only kept codes odd."""
     state = pruned(state)
     bits, grouped = kept_bits + 1, state.source.reshape(state.source.shape[0], -1, group)
-    step = (grouped.abs().amax(-1) / (2**kept_bits - 1)).half().float()
-    levels = torch.floor(grouped / step.unsqueeze(-1) / 2).mul(2).add(1).clamp(1 - 2**kept_bits, 2**kept_bits - 1)
+    step = (grouped.abs().amax(-1) / top).half().float()
+    levels = torch.floor(grouped / step.unsqueeze(-1) / 2).mul(2).add(1).clamp(-top, top)
     codes = (levels.reshape(state.source.shape) * state.mask + 2**kept_bits).to(torch.uint8)
     grid = Grid(step, torch.full_like(step, 2.0**kept_bits), bits)
     return state.with_quantized(QuantizedWeight.of(codes, grid, group_size=group, symmetric=True))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_compact_export_of_odd_levels(view, tmp_path, bits):
-    blocks = blocks_of(view, lambda state: odd(state, bits))
+@pytest.mark.parametrize(
+    ("levels", "bits", "top"), [("odd", 1, 1), ("odd", 2, 3), ("odd", 3, 7), ("odd", 4, 15), ("six", 3, 5)]
+)
+def test_compact_export_of_levels_without_zero(view, tmp_path, levels, bits, top):
+    blocks = blocks_of(view, lambda state: odd(state, bits, top))
     report = export_as(FORMATS["sparsekit-24-compact"], view, blocks, tmp_path / "out", patterns=patterns(view))
     states = {name: state for index in range(2) for name, state in blocks(index).linears.items()}
     found = load_quantized(tmp_path / "out")
@@ -220,16 +222,19 @@ def test_compact_export_of_odd_levels(view, tmp_path, bits):
         assert found[name].quantized.equal(state.quantized)
         assert torch.equal(found[name].mask, state.mask)
     about = read_json(tmp_path / "out" / "config.json")["quantization_config"]
-    assert (about["bits"], about["levels"], about["version"]) == (bits, "odd", 1)
+    assert (about["bits"], about["levels"], about["version"]) == (bits, levels, 1)
     assert not (tmp_path / "out" / "sparsekit").exists()  # the patterns are the mask
     weights = sum(state.source.numel() for state in states.values())
-    assert report.bytes.codes == weights * bits // 16
-    assert report.bits_per_weight == pytest.approx(
-        bits / 2 + 2 / 3 + 16 / 32, abs=0.09
-    )  # short rows end in part of a byte
+    if levels == "six":  # a byte for a group, its positions too
+        assert (report.bytes.codes, report.bytes.positions) == (weights // 4, 0)
+        assert report.bits_per_weight == 2 + 16 / 32
+    else:
+        assert report.bytes.codes == weights * bits // 16
+        expected = bits / 2 + 2 / 3 + 16 / 32
+        assert report.bits_per_weight == pytest.approx(expected, abs=0.09)  # short rows end in part of a byte
     real = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert abs(report.bytes.total - real) <= 0.01 * real
-    assert any("levels odd" in note for note in report.notes)
+    assert any(f"levels {levels}" in note for note in report.notes)
 
 
 def test_masks_travel_beside_the_model(view, tmp_path):

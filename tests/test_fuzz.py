@@ -116,14 +116,14 @@ DTYPES = st.sampled_from([torch.uint8, torch.int32, torch.float16, torch.float32
 def stored(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     """Tensors of a 2:4 linear as nobody wrote them: of any shape, or of the right one and any bytes."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    right = {"values": (8, 4), "positions": (8, 2), "patterns": (8, 2), "scales": (8, 2), "zeros": (8, 1),
-             "group_of": (16,)}  # fmt: skip
+    right = {"values": (8, draw(st.sampled_from([4, 6]))), "positions": (8, 2), "patterns": (8, 2), "scales": (8, 2),
+             "zeros": (8, 1), "group_of": (16,)}  # fmt: skip
     found = {}
     for name in draw(st.sets(st.sampled_from(list(right)))):
         shape, dtype = right[name], {"scales": torch.float16, "group_of": torch.int32}.get(name, torch.uint8)
         if draw(st.integers(0, 3)) == 0:
             shape, dtype = tuple(draw(SHAPES)), draw(DTYPES)
-        found[name] = torch.randint(0, 256, shape, generator=generator).to(dtype)
+        found[name] = torch.randint(0, draw(st.sampled_from([3, 216, 256])), shape, generator=generator).to(dtype)
         if name in ("positions", "patterns") and draw(st.booleans()):
             found[name] = torch.full(shape, {"positions": 0x44, "patterns": 5}[name]).to(dtype)
     return found
@@ -132,7 +132,8 @@ def stored(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 @settings(FEW, max_examples=150)
 @given(
     stored(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans(),
-    st.sampled_from([("", "v1", 4), ("-compact", "integer", 4), ("-compact", "odd", 5), ("-compact", "integer", 2)]),
+    st.sampled_from([("", "v1", 4), ("-compact", "integer", 4), ("-compact", "odd", 5), ("-compact", "six", 4),
+                     ("-compact", "integer", 2)]),
 )  # fmt: skip
 def test_integers_of_any_bytes(found, group_size, symmetric, order, form):
     name, layout, bits = form
@@ -152,7 +153,7 @@ def test_integers_of_any_bytes(found, group_size, symmetric, order, form):
 @settings(FEW, max_examples=80)
 @given(
     stored(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans(),
-    st.sampled_from([("ternary", 2), ("odd", 3), ("integer", 3), ("integer", 2)]),
+    st.sampled_from([("ternary", 2), ("odd", 3), ("six", 4), ("integer", 3), ("integer", 2)]),
 )  # fmt: skip
 def test_integers_of_any_bytes_without_a_pattern(found, group_size, symmetric, order, form):
     layout, bits = form

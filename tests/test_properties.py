@@ -93,12 +93,12 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
     arguments: dict[str, Any] = {"pattern": draw(st.sampled_from([p for p in PATTERNS if ":" in p])), "tokens": 128,
                                  "batch": 2, "micro_batch": draw(st.sampled_from([1, 2])), "mask_every": 1,
                                  "lr": 1e-3, "compile": False}  # fmt: skip
-    kind = draw(st.sampled_from(["plain", "branch", "integers", "odd", "ternary"]))
+    kind = draw(st.sampled_from(["plain", "branch", "integers", "odd", "six", "ternary"]))
     if kind == "branch":
         return {**arguments, "slorb": 16}
     if kind == "plain":
         return {**arguments, "score": draw(st.sampled_from(["magnitude", "activation"]))}
-    levels = {"integer": draw(st.integers(2, 8)), "odd": draw(st.integers(1, 5)), "ternary": 2}
+    levels = {"integer": draw(st.integers(2, 8)), "odd": draw(st.integers(1, 5)), "six": 3, "ternary": 2}
     kind = "integer" if kind == "integers" else kind
     return {**arguments, "bits": levels[kind], "levels": kind, "group_size": draw(st.sampled_from([8, 16, 32]))}
 

@@ -5,7 +5,8 @@ weight, zeros included. Of each linear, all row-major, every row by itself:
 
 - values uint8: the codes of a row as one little-endian bit stream, [out, in * bits / 8]; with ternary
   levels five weights in a byte, [out, ceil(in / 5)]: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4, where t is the
-  level plus 1, and absent weights at the end of a row count as 0;
+  level plus 1; with six levels three, [out, ceil(in / 3)]: t0 + 6 t1 + 36 t2, where 0..5 are the levels
+  from below; absent weights at the end of a row count as 0;
 - scales, zeros and group_of as in sparsekit-24.
 
 What a code q stands for depends on the levels, in units of the scale:
@@ -13,6 +14,7 @@ What a code q stands for depends on the levels, in units of the scale:
 - "odd": 2 q + 1 - 2^bits, that is ±1, ±3, ... with no level for 0. This is what a symmetric grid of one
   bit more becomes when every code is an odd number of steps from its zero-point; 1 to 4 bits are stored
   of 2 to 5.
+- "six": -5, -3, -1, 1, 3, 5: a symmetric grid of 4 bits, in 2.67.
 - "ternary": -1, 0, 1: a symmetric grid of 2 bits without the lowest code, in 1.6 bits.
 - "integer": q - zero, for grids of 2, 3 and 4 bits.
 
@@ -34,19 +36,18 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.fours import grid_tensors, read_grid
-from sparsekit.formats.levels import INTEGER, ODD, TERNARY, levels_header, levels_setting
+from sparsekit.formats.levels import INTEGER, ODD, SIX, TERNARY, beyond_six, levels_header, levels_setting
 from sparsekit.formats.reading import assembled, check_shape, one_of, tensor
 from sparsekit.interchange.engines import EngineNote
-from sparsekit.quant import QuantizedWeight
+from sparsekit.quant import QuantizedWeight, is_odd
 from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
-STORED = {ODD: (1, 2, 3, 4), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code; ternary ones are stored in 1.6
-UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a ternary row tell how many there are
-FIVE = 5  # ternary weights in a byte
-POWERS = (1, 3, 9, 27, 81)
-FEWER = "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd or ternary"
+STORED = {ODD: (1, 2, 3, 4), SIX: (3,), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code, digits or not
+DIGITS = {SIX: (6, 3), TERNARY: (3, 5)}  # how many levels, and weights in a byte
+UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a row of digits tell how many there are
+FEWER = "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd, six or ternary"
 
 
 class Compact:
@@ -60,8 +61,8 @@ class Compact:
     checksums = True
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:
-        """The levels; odd ones take one bit less, ternary ones 0.4."""
-        return (ODD, TERNARY, INTEGER) if symmetric else (INTEGER,)
+        """The levels; odd ones take one bit less, six ones 1.33, ternary ones 0.4."""
+        return (SIX, ODD, TERNARY, INTEGER) if symmetric else (INTEGER,)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Bits without a layout, rows that do not fill bytes, codes that the levels do not have."""
@@ -69,38 +70,32 @@ class Compact:
         assert weight is not None  # only asked about quantized linears
         if weight.codes.shape[1] % UNIT:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
-        if weight.bits - (layout == ODD) not in STORED[layout]:
+        if weight.bits - is_odd(layout) not in STORED[layout]:
             return f"{weight.bits} bits have no sparsekit-compact layout with levels {layout}; {FEWER}"
-        if layout == ODD and bool((weight.codes & 1 ^ 1).any()):
+        if is_odd(layout) and bool((weight.codes & 1 ^ 1).any()):
             return "codes are an even number of steps from zero"
         if layout == TERNARY and bool((weight.codes == 0).any()):
             return "codes stand for -2"
-        return inexact_scale(weight)
+        return (beyond_six(weight.codes) if layout == SIX else None) or inexact_scale(weight)
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Two to four tensors; a mask changes nothing."""
-        if layout == TERNARY:
-            values = _fives(weight.codes - 1)
-        elif layout == ODD:
-            values = _stream(weight.codes >> 1, weight.bits - 1)
-        else:
-            values = _stream(weight.codes, weight.bits)
+        odd = is_odd(layout)
+        codes = weight.codes >> 1 if odd else weight.codes
+        values = _together(codes - 1, layout) if layout in DIGITS else _stream(codes, weight.bits - odd)
         return {"values": values, **grid_tensors(weight)}
 
     def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
         """Inverse of `pack`."""
         values = tensor(found, "values", (torch.uint8,))
-        bits = setting.bits - (setting.layout == ODD)
+        odd = is_odd(setting.layout)
+        bits, (_, count) = setting.bits - odd, DIGITS.get(setting.layout, (0, 0))
         out, held = values.shape
-        columns = (FIVE * held if setting.layout == TERNARY else 8 * held // bits) // UNIT * UNIT
-        expected = -(-columns // FIVE) if setting.layout == TERNARY else columns * bits // 8
-        check_shape("values", values, (out, expected), setting)
+        columns = (count * held if count else 8 * held // bits) // UNIT * UNIT
+        check_shape("values", values, (out, -(-columns // count) if count else columns * bits // 8), setting)
         scale, zero, group_of = read_grid(found, setting, out, columns)
-        if setting.layout == TERNARY:
-            codes = _apart(values, columns) + 1
-        else:
-            codes = _codes(values, bits)
-            codes = codes << 1 | 1 if setting.layout == ODD else codes
+        codes = _apart(values, columns, setting.layout) + 1 if count else _codes(values, bits)
+        codes = codes << 1 | 1 if odd else codes
         return assembled(codes, scale, zero, group_of, setting)
 
     def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
@@ -127,8 +122,8 @@ class Compact:
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """That it is ours alone, and what the levels cost."""
         yield "only sparsekit reads this format; `sparsekit run` with steps: [] turns it into any other, losslessly"
-        taken = {ODD: f"{setting.bits - 1} bits", TERNARY: "1.6 bits", INTEGER: f"{setting.bits} bits"}
-        yield f"levels {setting.layout}: {taken[setting.layout]} a weight, and a scale for each group of inputs"
+        taken = {SIX: "2.67", TERNARY: "1.6"}.get(setting.layout, setting.bits - is_odd(setting.layout))
+        yield f"levels {setting.layout}: {taken} bits a weight, and a scale for each group of inputs"
         if sparse:
             yield "zeros of a pattern are stored as codes; sparsekit-24-compact leaves them out"
 
@@ -158,27 +153,31 @@ def _codes(values: Tensor, bits: int) -> Tensor:
     return codes.flatten(1)
 
 
-def _fives(trits: Tensor) -> Tensor:
-    """Five in a byte: uint8 [out, in] of 0, 1, 2 to uint8 [out, ceil(in / 5)]."""
-    whole = torch.nn.functional.pad(trits, (0, -trits.shape[1] % FIVE))
-    filled = torch.zeros_like(whole[:, ::FIVE])
-    for place, power in enumerate(POWERS):
-        filled += power * whole[:, place::FIVE]
+def _together(digits: Tensor, layout: str) -> Tensor:
+    """The `count` digits of a byte, the lowest first: uint8 [out, in] to uint8 [out, ceil(in / count)]."""
+    base, count = DIGITS[layout]
+    whole = torch.nn.functional.pad(digits, (0, -digits.shape[1] % count))
+    filled = torch.zeros_like(whole[:, ::count])
+    for place in range(count):
+        filled += base**place * whole[:, place::count]
     return filled
 
 
-def _apart(values: Tensor, columns: int) -> Tensor:
-    """Inverse of `_fives`: uint8 [out, columns].
+def _apart(values: Tensor, columns: int, layout: str) -> Tensor:
+    """Inverse of `_together`: uint8 [out, columns].
 
     Raises:
         CheckpointError: No such bytes were ever written.
     """
-    if bool((values >= 3**FIVE).any()):
-        raise CheckpointError(f"values holds {int(values.max())}; five ternary weights have 243 codes, 0..242")
-    if bool((values[:, -1:] >= 3 ** (columns - FIVE * (values.shape[1] - 1))).any()):
+    base, count = DIGITS[layout]
+    codes = base**count
+    if bool((values >= codes).any()):
+        told = f"{count} weights of {base} levels have {codes} codes, 0..{codes - 1}"
+        raise CheckpointError(f"values holds {int(values.max())}; {told}")
+    if bool((values[:, -1:] >= base ** (columns - count * (values.shape[1] - 1))).any()):
         raise CheckpointError("values holds more weights at the end of a row than the row has")
-    trits = torch.stack([values // power % 3 for power in POWERS], 2)
-    return trits.flatten(1)[:, :columns].contiguous()
+    digits = torch.stack([values // base**place % base for place in range(count)], 2)
+    return digits.flatten(1)[:, :columns].contiguous()
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

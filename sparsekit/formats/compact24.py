@@ -8,6 +8,8 @@ bits they need. Of each linear, all row-major, every row by itself:
   stream;
 - patterns uint8 [out, ceil(in / 12)]: p0 + 6 p1 + 36 p2 of three groups, where 0..5 are the places
   01, 02, 03, 12, 13, 23; absent groups at the end of a row count as 0;
+- with six levels, in place of these two, values uint8 [out, in / 4]: p + 6 a + 36 b of a group, where p is
+  its places and 0..5 are the levels of its two weights, from below;
 - scales, zeros and group_of as in sparsekit-24.
 
 What a code q stands for depends on the levels, in units of the scale:
@@ -16,8 +18,11 @@ What a code q stands for depends on the levels, in units of the scale:
   with codes equal to the zero-point.
 - "odd": 2 q + 1 - 2^bits, that is ±1, ±3, ... with no level for 0. This is what a symmetric grid of one
   bit more becomes when every kept code is an odd number of steps from its zero-point; 1 to 4 bits are
-  stored of 2 to 5. There is nothing to fill a group up with, so each must hold exactly two weights. All
-  quantized linears of a model have the same levels, and "odd" is chosen when all allow it.
+  stored of 2 to 5.
+- "six": -5, -3, -1, 1, 3, 5, a symmetric grid of 4 bits. A group is 216 states, and so a byte.
+
+Odd and six levels have nothing to fill a group up with, so each must hold exactly two weights. All quantized
+linears of a model have the same levels, the smallest that all allow.
 
 The files are called sparsekit-24-compact*.safetensors, and the digests of sparsekit.json must match,
 for the reasons given in sparsekit24.py.
@@ -45,15 +50,15 @@ from sparsekit.formats.fours import (
     spread,
     used,
 )
-from sparsekit.formats.levels import INTEGER, ODD, levels_header, levels_setting
+from sparsekit.formats.levels import INTEGER, ODD, SIX, beyond_six, levels_header, levels_setting
 from sparsekit.formats.reading import assembled, check_shape, one_of, tensor
 from sparsekit.interchange.engines import EngineNote
-from sparsekit.quant import QuantizedWeight
+from sparsekit.quant import QuantizedWeight, is_odd
 from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
-STORED = {ODD: (1, 2, 3, 4), INTEGER: (2, 3, 4)}  # bits of a kept code
+STORED = {ODD: (1, 2, 3, 4), SIX: (3,), INTEGER: (2, 3, 4)}  # bits of a kept code
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 UNIT = 16  # inputs whose 8 codes fill whole bytes at any number of bits
 
@@ -75,8 +80,8 @@ class Compact24:
     checksums = True
 
     def layouts(self, symmetric: bool) -> tuple[str, ...]:
-        """The levels; odd ones need one bit less."""
-        return (ODD, INTEGER) if symmetric else (INTEGER,)
+        """The levels; odd ones need one bit less, six ones of 4 bits less than odd ones."""
+        return (SIX, ODD, INTEGER) if symmetric else (INTEGER,)
 
     def obstacle(self, state: LinearState, layout: str) -> str | None:
         """Bits without a layout, rows that do not fill bytes, groups that the levels cannot hold."""
@@ -84,38 +89,44 @@ class Compact24:
         assert weight is not None  # only asked about quantized linears
         if weight.codes.shape[1] % UNIT:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
-        if layout == ODD:
-            return _not_odd(weight) or inexact_scale(weight)
+        if is_odd(layout):
+            return _not_odd(weight, layout) or inexact_scale(weight)
         if weight.bits not in STORED[INTEGER]:
             allowed = "2, 3 and 4 bits have, and 5 where every group of 4 holds two odd codes"
-            return f"{weight.bits} bits have no sparsekit-24-compact layout; {allowed} (here {_not_odd(weight)})"
+            return f"{weight.bits} bits have no sparsekit-24-compact layout; {allowed} (here {_not_odd(weight, ODD)})"
         return crowded(weight) or inexact_scale(weight)
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Two to five tensors; a mask decides which zeros of a group are stored as its weights."""
-        bits, halved = (weight.bits - 1, 1) if layout == ODD else (weight.bits, 0)
+        halved = int(is_odd(layout))
         places, codes = places_of(weight, mask), quads(weight.codes) >> halved  # [out, in/4] both
-        first, second, low = (places & 3) << 3, places >> 2 << 3, 2**bits - 1
-        pairs = (codes >> first & low | (codes >> second & low) << bits).to(torch.uint8)
+        bits = weight.bits - halved
+        low = 2**bits - 1
+        first, second = codes >> ((places & 3) << 3) & low, codes >> (places >> 2 << 3) & low
+        if layout == SIX:
+            values = _pattern(places) + (6 * (first - 1) + 36 * (second - 1)).to(torch.uint8)
+            return {"values": values, **grid_tensors(weight)}
+        pairs = (first | second << bits).to(torch.uint8)
         return {"values": _squeezed(pairs, bits), "patterns": _threes(places), **grid_tensors(weight)}
 
     def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
         """Inverse of `pack`."""
-        odd = setting.layout == ODD
-        bits = setting.bits - 1 if odd else setting.bits
-        values, places = tensor(found, "values", (torch.uint8,)), _places(found)
-        out, columns = places.shape[0], 4 * places.shape[1]
-        check_shape("values", values, (out, columns * bits // UNIT), setting)
-        scale, zero, group_of = read_grid(found, setting, out, columns)
-        pairs = _widened(values, bits).int()
-        first, second = pairs & 2**bits - 1, pairs >> bits
-        if odd:
+        bits = setting.bits - is_odd(setting.layout)
+        if setting.layout == SIX:
+            places, first, second = _sixes(found)
+        else:
+            values, places = tensor(found, "values", (torch.uint8,)), _places(found)
+            check_shape("values", values, (len(places), 4 * places.shape[1] * bits // UNIT), setting)
+            pairs = _widened(values, bits).int()
+            first, second = pairs & 2**bits - 1, pairs >> bits
+        scale, zero, group_of = read_grid(found, setting, places.shape[0], 4 * places.shape[1])
+        if is_odd(setting.layout):
             first, second = first << 1 | 1, second << 1 | 1
         return assembled(spread(places, first, second, zero, group_of), scale, zero, group_of, setting)
 
     def mask(self, found: Mapping[str, Tensor]) -> Tensor | None:
-        """The stored patterns."""
-        return mask_of(_places(found))
+        """The stored patterns, which bytes of six levels tell with them."""
+        return mask_of(_places(found) if "patterns" in found else _sixes(found)[0])
 
     def config(self, setting: Setting, left_dense: Sequence[str]) -> dict[str, Any]:
         """The header: what this is, its version, the bits that are stored, and the grid."""
@@ -141,16 +152,20 @@ class Compact24:
         yield "only sparsekit reads this format; `sparsekit run` with steps: [] turns it into any other, losslessly"
         if setting.layout == ODD:
             yield f"levels odd: every kept weight is an odd number of steps, {setting.bits - 1} bits of {setting.bits}"
+        elif setting.layout == SIX:
+            yield "levels six: every kept weight is 1, 3 or 5 steps, two of them and their places in a byte"
         else:
             yield f"levels integer: {setting.bits} bits a kept weight; models trained to odd levels take one bit less"
 
 
-def _not_odd(weight: QuantizedWeight) -> str | None:
-    """Why a weight cannot be stored as odd levels, in words, or None."""
+def _not_odd(weight: QuantizedWeight, layout: str) -> str | None:
+    """Why a weight cannot be stored as odd or six levels, in words, or None."""
     if not weight.symmetric:
         return "the grid is not symmetric"
-    if weight.bits - 1 not in STORED[ODD]:
+    if weight.bits - 1 not in STORED[layout]:
         return f"{weight.bits} bits are stored as {weight.bits - 1}, of which there is no layout"
+    if layout == SIX and (why := beyond_six(weight.codes)):
+        return why
     holds = used(weight)
     if bool((counts(holds) != 2).any()):
         return "groups of 4 do not hold exactly two weights"
@@ -183,10 +198,15 @@ def _widened(values: Tensor, bits: int) -> Tensor:
     return words.view(torch.uint8)
 
 
+def _pattern(places: Tensor) -> Tensor:
+    """The index in PAIRS, uint8 [out, in/4]."""
+    first, second = places & 3, places >> 2
+    return (first + second - 1 + (first > 0)).to(torch.uint8)
+
+
 def _threes(places: Tensor) -> Tensor:
     """Three groups in a byte: places int32 [out, in/4] to uint8 [out, ceil(in / 12)]."""
-    first, second = places & 3, places >> 2
-    pattern = (first + second - 1 + (first > 0)).to(torch.uint8)  # the index in PAIRS
+    pattern = _pattern(places)
     whole = torch.nn.functional.pad(pattern, (0, -pattern.shape[1] % 3))
     return whole[:, 0::3] + 6 * whole[:, 1::3] + 36 * whole[:, 2::3]
 
@@ -218,6 +238,24 @@ def _places(found: Mapping[str, Tensor]) -> Tensor:
         raise CheckpointError("patterns holds more groups at the end of a row than the row has")
     places = _table().to(packed.device).index_select(0, packed.flatten().int())  # [out * held, 3]
     return places.reshape(out, -1)[:, :groups].contiguous()
+
+
+def _sixes(found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The two places of every group and the halves of its odd codes, int32 [out, in/4] each.
+
+    Raises:
+        CheckpointError: No such bytes were ever written.
+    """
+    values = tensor(found, "values", (torch.uint8,))
+    if "patterns" in found:
+        raise CheckpointError("has patterns, which the values of six levels tell already")
+    out, held = values.shape
+    if held % 4:
+        raise CheckpointError(f"values has shape {[out, held]}: no multiple of {UNIT} inputs takes {held} bytes a row")
+    if bool((values >= 216).any()):
+        raise CheckpointError(f"values holds {int(values.max())}; a group of 4 with six levels has 216 states, 0..215")
+    places = _table()[:, 0].to(values.device).index_select(0, values.flatten().int())
+    return places.reshape(values.shape), (values // 6 % 6 + 1).int(), (values // 36 + 1).int()
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

@@ -64,11 +64,12 @@ def test_a_permuted_index_packs_the_same():
         assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
 
 
-@pytest.mark.parametrize(("levels", "bits"), [("odd", 1), ("odd", 2), ("integer", 3), ("ternary", 2)])
+@pytest.mark.parametrize(("levels", "bits"), [("odd", 1), ("odd", 2), ("six", 3), ("integer", 3), ("ternary", 2)])
 def test_compact_codes_of_every_weight_pack_and_unpack_the_same(levels, bits):
-    weight, _ = integers(True, bits + (levels == "odd"))
-    random = torch.randint(0, 3 if levels == "ternary" else 2**bits, weight.codes.shape)
-    codes = {"odd": 2 * random + 1, "ternary": random + 1, "integer": random}[levels].to(torch.uint8)
+    weight, _ = integers(True, bits + (levels in ("odd", "six")))
+    random = torch.randint(0, {"six": 6, "ternary": 3}.get(levels, 2**bits), weight.codes.shape)
+    codes = {"odd": 2 * random + 1, "six": 2 * random + 3, "ternary": random + 1, "integer": random}[levels]
+    codes = codes.to(torch.uint8)
     weight, storage = dataclasses.replace(weight, codes=codes), STORAGES["sparsekit-compact"]
     one, two = storage.pack(weight, levels), storage.pack(weight.to("cuda"), levels)
     assert all(torch.equal(tensor, two[suffix].cpu()) for suffix, tensor in one.items())
@@ -76,13 +77,14 @@ def test_compact_codes_of_every_weight_pack_and_unpack_the_same(levels, bits):
 
 
 @pytest.mark.parametrize(
-    ("levels", "bits"), [("odd", 1), ("odd", 2), ("odd", 3), ("odd", 4), ("integer", 2), ("integer", 3)]
+    ("levels", "bits"), [("odd", 1), ("odd", 2), ("odd", 3), ("odd", 4), ("six", 3), ("integer", 2), ("integer", 3)]
 )
 def test_compact_widths_pack_and_unpack_the_same(levels, bits):
-    weight, mask = integers(True, bits + (levels == "odd"))
-    if levels == "odd":
-        random = torch.randint(0, 2**bits, weight.codes.shape, generator=torch.Generator().manual_seed(1))
-        codes = torch.where(mask, 2 * random + 1, 2**bits).to(torch.uint8)
+    weight, mask = integers(True, bits + (levels in ("odd", "six")))
+    if levels != "integer":
+        first, last = (3, 13) if levels == "six" else (1, 2 ** (bits + 1) - 1)
+        random = torch.randint(0, (last - first) // 2 + 1, mask.shape, generator=torch.Generator().manual_seed(1))
+        codes = torch.where(mask, 2 * random + first, 2**bits).to(torch.uint8)
         weight = dataclasses.replace(weight, codes=codes)
     storage = STORAGES["sparsekit-24-compact"]
     one, two = storage.pack(weight, levels, mask), storage.pack(weight.to("cuda"), levels, mask.cuda())

@@ -351,6 +351,7 @@ def logits(directory):
     [
         ("bits: 3", 3, 3),
         ("bits: 2, levels: odd", 2, 3),
+        ("bits: 3, levels: six", 8 / 3, 4),
         ("bits: 2, levels: ternary", 1.6, 2),
         ("bits: 1, levels: odd", 1, 2),
     ],
@@ -364,7 +365,7 @@ def test_rivals_without_a_pattern_are_stored_in_their_bits(tmp_path, random_mode
     assert report["steps"][0]["bits"] == [of_codes]
     assert report["steps"][0]["training"]["bits_per_weight"] == pytest.approx(bits + 16 / 64)
     export = next(export for export in report["exports"] if export["format"] == "sparsekit-compact")
-    assert export["bits_per_weight"] == pytest.approx(bits + 16 / 64, abs=0.03)  # short ternary rows end in a byte
+    assert export["bits_per_weight"] == pytest.approx(bits + 16 / 64, abs=0.08)  # short rows end in part of a byte
     assert export["bytes"]["masks"] == 0
     found = [logits(tmp_path / "run" / "export" / name) for name in ("dense", "sparsekit-compact")]
     assert torch.equal(*found)
