@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import save
 
 from sparsekit.errors import SparsekitError
 from sparsekit.files import read_tensors
-from sparsekit.formats import FORMATS
+from sparsekit.formats import FORMATS, streams
 from sparsekit.formats.base import Setting
 from sparsekit.models.weights import _index
 from sparsekit.quant import QuantizedWeight
@@ -165,6 +166,49 @@ def test_integers_of_any_bytes_without_a_pattern(found, group_size, symmetric, o
         return
     assert torch.isfinite(weight.dequantize()).all()
     assert weight.codes.shape[1] % 16 == 0
+
+
+@st.composite
+def coded(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Tensors of a coded linear with some bytes changed, cut off, or of another shape and kind."""
+    right = {"values": (7, 8, 8), "patterns": (5, 8, 4), "scales": (60, 8, 2), "zeros": (7, 8, 2), "group_of": (1, 16)}
+    found = {}
+    for name, (highest, *shape) in right.items():
+        numbers = torch.arange(math.prod(shape)).reshape(shape) % (highest + 1)
+        good = torch.from_numpy(streams.written(numbers.to(torch.uint8).numpy())) if len(shape) == 2 else numbers.int()
+        found[name] = torch.cat((good, good)) if name == "scales" else good
+    for name in draw(st.sets(st.sampled_from(list(found)), max_size=3)):
+        kind, place = draw(st.integers(0, 4)), draw(st.integers(0, len(found[name]) - 1))
+        if kind == 0:
+            found[name] = torch.zeros(draw(SHAPES), dtype=draw(DTYPES))
+        elif kind == 1:
+            del found[name]
+        elif kind == 2:
+            found[name] = found[name][:place]
+        else:
+            found[name] = found[name].clone()
+            found[name][place] = draw(st.integers(0, 255))
+    return found
+
+
+@settings(FEW, max_examples=150)
+@given(coded(), st.sampled_from([-1, 8, 16, 7, 0]), st.booleans(), st.booleans(), st.sampled_from([2, 3, 8]))
+def test_coded_integers_of_any_bytes(found, group_size, symmetric, order, bits):
+    storage = FORMATS["sparsekit-coded"].storage
+    assert storage is not None
+    tracemalloc.start()
+    try:
+        weight = storage.unpack(found, Setting(bits, group_size, symmetric, order, "v1"))
+        kept = storage.mask(found)
+    except SparsekitError:
+        return
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MOST_MEMORY
+    assert torch.isfinite(weight.dequantize()).all()
+    assert int(weight.codes.max()) < 2**bits
+    assert kept is None or not weight.dequantize()[~kept].any()
 
 
 @FEW

@@ -22,7 +22,7 @@ from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.terminal.console import export_lines
 
-OURS = {"sparsekit-24", "sparsekit-24-compact"}  # they hold positions, and so the mask
+OURS = {"sparsekit-24", "sparsekit-24-compact", "sparsekit-coded"}  # they hold positions, and so the mask
 INTEGERS = [name for name, form in FORMATS.items() if form.storage is not None]
 TOKENS = torch.arange(48).remainder(96).reshape(2, 24)
 RECIPE = """\

@@ -169,7 +169,7 @@ def reloaded(view, chain, patterns, tokens, expected, work: Path, quantized: boo
         found = plain(input_ids=tokens, use_cache=False).logits
     largest = float(expected.abs().max())
     assert float((found - expected).abs().max()) <= 1e-5 * largest
-    for name in ("sparsekit-24", "sparsekit-24-compact", "sparsekit-compact") if quantized else ():
+    for name in ("sparsekit-24", "sparsekit-24-compact", "sparsekit-compact", "sparsekit-coded") if quantized else ():
         repacked(name, view, chain, patterns, tokens, expected, work / name)
 
 
@@ -227,3 +227,4 @@ def test_chains_of_2_4_and_few_bits_come_back_from_the_formats_of_ours(pruner, q
     once(config, [(pruner, {"pattern": "2:4"}), (quantizer, {"bits": bits, "group_size": 16})], 0)
     assert TRIED["sparsekit-24"] == before["sparsekit-24"] + (bits == 4)
     assert TRIED["sparsekit-24-compact"] == before["sparsekit-24-compact"] + 1
+    assert TRIED["sparsekit-coded"] == before["sparsekit-coded"] + 1

@@ -20,7 +20,7 @@ from sparsekit.inference.load import load_model
 from sparsekit.interchange.since import changes
 from sparsekit.models.view import ModelView
 
-QUANTIZED = ["gptq", "awq", "compressed-tensors", "sparsekit-24", "sparsekit-24-compact"]
+QUANTIZED = ["gptq", "awq", "compressed-tensors", "sparsekit-24", "sparsekit-24-compact", "sparsekit-coded"]
 UP = "model.layers.1.mlp.up_proj"
 
 

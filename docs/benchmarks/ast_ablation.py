@@ -32,6 +32,7 @@ from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import RecipeError
 from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.files import read_json, write_json
+from sparsekit.formats.coded import Coded
 from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
@@ -179,7 +180,6 @@ def one(bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: 
     began = time.monotonic()
     trained, curve = bench.train(recipe, arguments_of(recipe, tokens), seed)
     seconds = time.monotonic() - began
-    score = bench.score(trained)
     return {
         "arm": name,
         "file": file.name,
@@ -187,14 +187,23 @@ def one(bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: 
         "steps": [step.as_dict() for step in recipe.steps],
         "budget": tokens,
         "text": bench.text,
-        "score": {key: value for key, value in score.items() if not isinstance(value, list)},
+        "score": strip(bench.score(trained)),
         "seconds": seconds,
         "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
         "metrics": dict(trained.metrics),
+        "coded_bits_per_weight": coded_bits(trained),
         "curve": curve,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
     }
+
+
+def coded_bits(trained: Trained) -> float | None:
+    """Bits that a weight takes in sparsekit-coded, all bytes of its linears but branches; None without integers."""
+    states = [(state.quantized, state.mask) for state in trained.linears.values()]
+    packed = [Coded().pack(weight, "", mask) for weight, mask in states if weight is not None]
+    held = sum(part.nbytes for parts in packed for part in parts.values())
+    return 8 * held / sum(state.source.numel() for state in trained.linears.values()) if packed else None
 
 
 def same(old: Mapping[str, Any], name: str, recipe: Recipe, seed: int, tokens: int | None, text: str) -> bool:
@@ -205,8 +214,7 @@ def same(old: Mapping[str, Any], name: str, recipe: Recipe, seed: int, tokens: i
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown, an arm and seed a line."""
-    columns = ["file", "arm", "seed", "tokens", "bits a weight", "perplexity", "to dense", "flips from the first mask"]
-    columns += ["seconds", "tok/s"]
+    columns = "file,arm,seed,tokens,bits a weight,perplexity,to dense,flips of the first mask,seconds,tok/s".split(",")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in results["arms"]:
         if "failed" in row:
@@ -275,8 +283,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON; arms measured before are kept")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     given = parser.parse_args()
-    results: dict[str, Any] = {"dense": {}, "arms": []}
-    results = read_json(given.out) if given.out.exists() else results
+    results = read_json(given.out) if given.out.exists() else {"dense": {}, "arms": []}
     good = measure(given, results)
     if given.table:
         print(table(results))

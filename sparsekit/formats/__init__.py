@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 
 from sparsekit.errors import CheckpointError, PluginError, nearest
-from sparsekit.formats import awq, compact, compact24, compressed_tensors, dense, gptq, own, sparsekit24
+from sparsekit.formats import awq, coded, compact, compact24, compressed_tensors, dense, gptq, own, sparsekit24
 from sparsekit.formats.base import Format, Storage
 from sparsekit.shelf import Origin, Shelf
 
 PLUGINS = " A plugin's format is read where the plugin is named."
 FORMATS: Shelf[Format] = Shelf("export format")
-for _module in (dense, gptq, awq, compressed_tensors, sparsekit24, compact24, compact):
+for _module in (dense, gptq, awq, compressed_tensors, sparsekit24, compact24, compact, coded):
     FORMATS.register(_module.FORMAT)
 
 

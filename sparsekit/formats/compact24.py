@@ -40,10 +40,12 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.fours import (
+    PAIRS,
     counts,
     crowded,
     grid_tensors,
     mask_of,
+    pattern_of,
     places_of,
     quads,
     read_grid,
@@ -59,7 +61,6 @@ from sparsekit.state import LinearState
 
 VERSION = 1
 STORED = {ODD: (1, 2, 3, 4), SIX: (3,), INTEGER: (2, 3, 4)}  # bits of a kept code
-PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 UNIT = 16  # inputs whose 8 codes fill whole bytes at any number of bits
 
 
@@ -104,7 +105,7 @@ class Compact24:
         low = 2**bits - 1
         first, second = codes >> ((places & 3) << 3) & low, codes >> (places >> 2 << 3) & low
         if layout == SIX:
-            values = _pattern(places) + (6 * (first - 1) + 36 * (second - 1)).to(torch.uint8)
+            values = pattern_of(places) + (6 * (first - 1) + 36 * (second - 1)).to(torch.uint8)
             return {"values": values, **grid_tensors(weight)}
         pairs = (first | second << bits).to(torch.uint8)
         return {"values": _squeezed(pairs, bits), "patterns": _threes(places), **grid_tensors(weight)}
@@ -198,15 +199,9 @@ def _widened(values: Tensor, bits: int) -> Tensor:
     return words.view(torch.uint8)
 
 
-def _pattern(places: Tensor) -> Tensor:
-    """The index in PAIRS, uint8 [out, in/4]."""
-    first, second = places & 3, places >> 2
-    return (first + second - 1 + (first > 0)).to(torch.uint8)
-
-
 def _threes(places: Tensor) -> Tensor:
     """Three groups in a byte: places int32 [out, in/4] to uint8 [out, ceil(in / 12)]."""
-    pattern = _pattern(places)
+    pattern = pattern_of(places)
     whole = torch.nn.functional.pad(pattern, (0, -pattern.shape[1] % 3))
     return whole[:, 0::3] + 6 * whole[:, 1::3] + 36 * whole[:, 2::3]
 

@@ -18,6 +18,7 @@ from sparsekit.formats.reading import check_shape, groups_of, tensor
 from sparsekit.quant import QuantizedWeight
 
 EACH = 0x01010101  # 1 in every byte
+PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # the ways two of four can lie, in the order of patterns
 
 
 def quads(values: Tensor) -> Tensor:
@@ -28,7 +29,8 @@ def quads(values: Tensor) -> Tensor:
 def used(weight: QuantizedWeight) -> Tensor:
     """Where a code stands for something else than 0: int32 [out, in/4], one byte of 0 or 1 for each input."""
     middle = 2 ** (weight.bits - 1)
-    zero: int | Tensor = middle * EACH if weight.symmetric else quads(weight.zero[:, weight.group_of.long()])
+    each = (middle * EACH + 2**31) % 2**32 - 2**31  # as int32 has it
+    zero: int | Tensor = each if weight.symmetric else quads(weight.zero[:, weight.group_of.long()])
     differs = quads(weight.codes) ^ zero
     found = differs
     for shift in range(1, weight.bits):
@@ -72,6 +74,12 @@ def _table() -> Tensor:
         first, second = sorted(order[:2])
         table.append(first | second << 2)
     return torch.tensor(table, dtype=torch.int32)
+
+
+def pattern_of(places: Tensor) -> Tensor:
+    """The index in PAIRS of the two places of every group: int32 [out, in/4] to uint8 [out, in/4]."""
+    first, second = places & 3, places >> 2
+    return (first + second - 1 + (first > 0)).to(torch.uint8)
 
 
 def mask_of(places: Tensor) -> Tensor:

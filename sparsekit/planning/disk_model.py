@@ -40,7 +40,7 @@ def checkpoint_bytes(sizes: ModelSizes, planned: PlannedStep, seconds: float) ->
 
 
 def export_bytes(sizes: ModelSizes, plan: Plan, name: str) -> int:
-    """Weight files of an export, and that of its low-rank branches."""
+    """Weight files of an export, at most, and that of its low-rank branches: some formats of ours take fewer bytes."""
     quantized = {layer for p in plan.steps if p.step.quantizes for layer in p.selected}
     bits = next((p.step.code_bits for p in plan.steps if p.step.code_bits), 16)
     storage = FORMATS[name].storage
