@@ -12,47 +12,31 @@ Windows do not overlap and the last partial one is dropped. `samples` windows ar
 without replacement under the entry's seed and kept in text order. They are drawn from the first
 `POOL * samples` windows at most, so a large corpus is not tokenised for a few of them: 128 windows of
 1024 come from the first 8.4 M tokens, which is all of a calibration text as they are usually made.
-
-Large files are tokenised in pieces, and the ids equal those of the whole file in one go: a piece
-ends at a document, or at a line end where the tokenizer is asked whether it splits there. One that
-does not (SentencePiece without a pre-tokenizer) gets the whole file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from sparsekit.errors import CheckpointError, DataError, in_one_line
 from sparsekit.files import read_tensors, write_tensors
+from sparsekit.pieces import Encode, Ids, tokenise
 from sparsekit.text import Resolve, read_text, source_digest
 
 if TYPE_CHECKING:
     from sparsekit.recipe import TextEntry
 
 PROTOCOL = 1  # of the rules above; a change of them must change the digests
-END_OF_TEXT = "<|endoftext|>"
 POOL = 64  # windows that may be read for each one drawn
-PIECE = 1 << 18  # characters of a piece at least; 16 of them keep 16 cores busy
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# One line end between two characters that are no white space: byte-level and word pre-tokenizers split there.
-SEAM = re.compile(r"\S\n(?=\S)")
-WORD = re.compile(r"\w(?= \w)")  # the same within a line of many pieces, as minified code and some dumps are
-LONG = 16 * PIECE  # characters of a line that is not waited for to its end
-CONTEXT = 256  # characters each side of a seam that the tokenizer is asked about
-
-Encode = Callable[[list[str]], list[list[int]]]
-Ids = npt.NDArray[np.int32]
 
 
 def entry_digest(entry: TextEntry, resolve: Resolve) -> str:
@@ -114,7 +98,8 @@ def token_windows(
         texts = (
             read_text(each, resolve, separator=entry.separator, allow_network=allow_network) for each in entry.paths
         )
-        tokens = tokenise(texts, encode, separator=entry.separator, end=end, limit=limit)
+        ahead = tokenizer.is_fast and limit is None  # with a limit nothing is read that might not be needed
+        tokens = tokenise(texts, encode, separator=entry.separator, end=end, limit=limit, ahead=ahead)
         if not len(tokens):
             raise DataError(f"text {named} is empty")
         kept = tokens.astype(np.uint16) if tokens.max() < 1 << 16 else tokens
@@ -170,118 +155,6 @@ def encoder(tokenizer: Any) -> tuple[Encode, str]:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     return fast, hashlib.sha256(serialised.encode()).hexdigest()
-
-
-def tokenise(
-    texts: Iterable[Iterator[str]], encode: Encode, *, separator: str | None, end: int | None, limit: int | None
-) -> Ids:
-    """Ids of some texts one after another, int32 [n]; at most `limit` when that is given.
-
-    Args:
-        texts: Each a stream of blocks.
-        encode: See `encoder`.
-        separator: Line that ends a document, or None for one stream (module docstring).
-        end: Id that follows every document; None with `separator` None.
-        limit: Tokens wanted; reading stops there.
-    """
-    found: list[Ids] = []
-    total = 0
-    for text in texts:
-        pieces = documents(text, separator) if separator is not None else stream(text, encode)
-        for batch in _batches(pieces):
-            for ids in encode(batch):
-                found.append(np.array(ids if end is None else [*ids, end], dtype=np.int32))
-                total += len(found[-1])
-            if limit is not None and total >= limit:
-                return np.concatenate(found)[:limit]
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
-
-
-def documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
-    """Documents of a text: what lies between lines equal to `separator`, without the line end before it.
-
-    A document of nothing but white space is none.
-    """
-    line = re.compile(rf"^{re.escape(separator)}\r?$", re.MULTILINE)
-    parts: list[str] = []  # of the document that is not closed yet
-    for lines in _whole_lines(blocks):
-        head, *others = line.split(lines)
-        parts.append(head)
-        for other in others:
-            yield from _document(parts)
-            parts = [other]
-    yield from _document(parts)
-
-
-def _document(parts: list[str]) -> Iterator[str]:
-    text = "".join(parts)
-    if text.strip():
-        yield text.strip("\r\n")
-
-
-def stream(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
-    """A text in pieces whose ids, one after another, are the ids of the whole.
-
-    `<|endoftext|>` lines become blank.
-    """
-    line = re.compile(rf"^{re.escape(END_OF_TEXT)}(?=\r?$)", re.MULTILINE)
-    rest = ""
-    for lines in _whole_lines(blocks):
-        rest += line.sub("", lines)
-        if len(rest) >= PIECE:
-            at = _seam(rest, encode, SEAM) or (len(rest) >= LONG and _seam(rest, encode, WORD))
-            if at:
-                yield rest[:at]
-                rest = rest[at:]
-    if rest:
-        yield rest
-
-
-def _seam(text: str, encode: Encode, places: re.Pattern[str]) -> int:
-    """The last of some places where the tokenizer splits for certain, or 0."""
-    last = [found.end() for found in places.finditer(text, max(0, len(text) - PIECE // 4))][-8:]
-    for at in reversed(last):
-        left, right = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
-        whole, first, second = encode([left + right, left, right])
-        if whole == first + second:
-            return at
-    return 0
-
-
-def _whole_lines(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in blocks that end with a line end, all but the last, and those of a line that is too long.
-
-    What is left of such a line begins with a space, so that no separator is seen where there is none.
-    """
-    parts: list[str] = []
-    held = 0
-    for block in blocks:
-        for piece in (block[at : at + PIECE] for at in range(0, len(block), PIECE)):
-            head, end, tail = piece.rpartition("\n")
-            if not end and held >= LONG:
-                head, end, tail = piece.rpartition(" ")
-                end, tail = "", end + tail
-            if end or (held >= LONG and head):
-                yield "".join([*parts, head, end])
-                parts, held = [], 0
-            parts.append(tail)
-            held += len(tail)
-    if last := "".join(parts):
-        yield last
-
-
-def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Pieces in batches of about 16 * PIECE characters: enough for every core, little enough for memory."""
-    batch: list[str] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece)
-        if size >= 16 * PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _end_of_text(tokenizer: Any) -> int:

@@ -27,7 +27,7 @@ from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.opening import open_view, plan_for
 from sparsekit.planning.peak import measured
-from sparsekit.planning.plan import Plan, PlannedStep, reads
+from sparsekit.planning.plan import Plan, PlannedStep, texts_of
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.recipe.entries import Redo
 from sparsekit.redo import redone, rounds, told, worst_layers
@@ -172,12 +172,7 @@ class Run:
 
     def _read_texts(self) -> None:
         """Cut every text that is needed into tokens, so that a bad one ends the run before its work."""
-        data = self.recipe.data
-        wanted = {reads(planned.step): None for planned in self.plan.steps}
-        named = {"calibration": data.calibration, "train": data.train}
-        scored = [*self.recipe.evaluate.perplexity, *(measure.text for measure in self.recipe.evaluate.measures)]
-        entries = [named.get(name) for name in wanted] + [data.evaluation[name] for name in dict.fromkeys(scored)]
-        for entry in filter(None, entries):
+        for entry in texts_of(self.recipe):
             self.windows(entry)
 
     def _step(self, planned: PlannedStep, chain: Chain, before: dict[str, Any]) -> tuple[Chain, dict[str, Any]]:

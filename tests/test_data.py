@@ -8,12 +8,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsekit import data, text
+from sparsekit import data, pieces, text
 from sparsekit.data import encoder, entry_digest, load_tokenizer, token_windows
 from sparsekit.errors import DataError
 from sparsekit.recipe import TextEntry
@@ -91,7 +92,7 @@ def llama3_like() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("piece", [64, 500, 1 << 18])
 @pytest.mark.parametrize("block", [1, 97, 1 << 20])
 def test_pieces_give_the_ids_of_the_whole_text(monkeypatch, tmp_path, windows, tokenizer, make, piece, block):
-    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     monkeypatch.setattr(text, "BLOCK", block)
     used = make() if make else tokenizer
     written = prose(3000 if block == 1 else 20_000)
@@ -103,18 +104,18 @@ def test_pieces_give_the_ids_of_the_whole_text(monkeypatch, tmp_path, windows, t
 
 
 def test_long_texts_really_are_cut(monkeypatch, tokenizer):
-    monkeypatch.setattr(data, "PIECE", 500)
-    pieces = list(data.stream([prose(20_000)], encoder(tokenizer)[0]))
-    assert len(pieces) > 10
-    assert "".join(pieces) == blanked(prose(20_000))
-    assert len(list(data.stream([prose(20_000)], encoder(sentencepiece_like())[0]))) == 1
+    monkeypatch.setattr(pieces, "PIECE", 500)
+    found = list(pieces.stream([prose(20_000)], encoder(tokenizer)[0]))
+    assert len(found) > 10
+    assert "".join(found) == blanked(prose(20_000))
+    assert len(list(pieces.stream([prose(20_000)], encoder(sentencepiece_like())[0]))) == 1
 
 
 @pytest.mark.parametrize("make", [None, sentencepiece_like, llama3_like], ids=["tiny", "sentencepiece", "llama3"])
 @pytest.mark.parametrize(("piece", "long"), [(64, 300), (500, 500), (100, 2000)])
 def test_lines_without_an_end_are_cut_as_well(monkeypatch, tmp_path, windows, tokenizer, make, piece, long):
-    monkeypatch.setattr(data, "PIECE", piece)
-    monkeypatch.setattr(data, "LONG", long)
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    monkeypatch.setattr(pieces, "LONG", long)
     monkeypatch.setattr(text, "BLOCK", 970)
     used = make() if make else tokenizer
     written = prose(8000).replace("\n", " ") + "\n" + END + "\n" + prose(8000, seed=1).replace("\n", " ")
@@ -123,15 +124,27 @@ def test_lines_without_an_end_are_cut_as_well(monkeypatch, tmp_path, windows, to
     found = windows(entry_of(str(tmp_path / "a.txt"), seq_len=8), tokenizer=used)
     assert found.flatten().tolist() == whole[: found.numel()]
     if make is None and long <= piece * 5:
-        assert len(list(data.stream([written], encoder(used)[0]))) > 4
+        assert len(list(pieces.stream([written], encoder(used)[0]))) > 4
         (tmp_path / "a.txt").write_bytes(written.encode() + b"\xff")  # past the pool: never read
         monkeypatch.setattr(data, "POOL", 3)
         windows(entry_of(str(tmp_path / "a.txt"), seq_len=8, samples=5), tokenizer=used, cache=tmp_path / "other")
 
 
+@pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
+def test_reading_ahead_gives_the_same_ids(monkeypatch, tokenizer, separator):
+    monkeypatch.setattr(pieces, "PIECE", 100)
+    encode, end = encoder(tokenizer)[0], None if separator is None else 0
+    one, two = (
+        pieces.tokenise([iter([prose(20_000)])] * 2, encode, separator=separator, end=end, limit=None, ahead=ahead)
+        for ahead in (False, True)
+    )
+    assert len(one) > 1000
+    assert np.array_equal(one, two)
+
+
 @pytest.mark.parametrize("piece", [5, 40, 1 << 18])
 def test_every_document_is_followed_by_the_end_token(monkeypatch, tmp_path, windows, tokenizer, piece):
-    monkeypatch.setattr(data, "PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     documents = ["One.\n\nTwo lines.", "An inline <|end|> of\n<|end|> text", "third\n  indented", "last"]
     (tmp_path / "a.txt").write_text("\n<|end|>\n".join(documents[:2]) + f"\n<|end|>\n \n<|end|>\n{documents[2]}\r\n")
     with open(tmp_path / "a.txt", "a", newline="") as file:
@@ -182,7 +195,7 @@ def test_samples_are_a_seeded_draw_in_text_order(tmp_path, windows):
 
 
 def test_samples_of_a_long_text_read_only_a_pool(monkeypatch, tmp_path, windows, tokenizer):
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(pieces, "PIECE", 100)
     monkeypatch.setattr(data, "POOL", 3)
     path = str(tmp_path / "a.txt")
     Path(path).write_bytes(prose(50_000).encode() + b"\xff")  # an error past the pool is never read

@@ -30,6 +30,7 @@ from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
 from sparsekit.planning.microbench import Bench, _extrapolated
+from sparsekit.planning.reading import SAMPLE, tokens_of
 from sparsekit.planning.training_memory import branch_parameters, training_moments
 from sparsekit.recipe import Recipe, read_recipe
 from sparsekit.run import Run
@@ -285,6 +286,26 @@ def test_bytes_of_low_rank_branches_are_predicted(tmp_path, random_model, steps,
         without = [step for step in run.plan.steps if step.step.method.kind == "quantize"]
         there = export_bytes(sizes, run.plan, name) - export_bytes(sizes, replace(plain, steps=without), name)
         assert there == adapter.stat().st_size - header_bytes(adapter)
+
+
+def test_reading_a_text_is_in_the_time_once(tmp_path, random_model, monkeypatch):
+    text = tmp_path / "long.txt"
+    text.write_text("Once upon a time there was a plan.\n" * 20_000)  # 700,000 characters
+    changed = ("builtin:heldout", str(text)), ("builtin:train", str(text)), ("builtin:calibration", str(text))
+    read = recipe(tmp_path, random_model, "{method: gptq, group_size: 16}", samples=2, seq_len=32)
+    path = tmp_path / "plan.yaml"
+    for old, new in changed:
+        path.write_text(path.read_text().replace(old, new))
+    read = read_recipe(path)
+    monkeypatch.setattr("sparsekit.planning.reading.time.perf_counter", iter(range(100)).__next__)
+    estimator = Estimator.open(read)
+    asked = 64 * 4 * 128  # tokens that the longer of two entries is drawn from
+    assert tokens_of(read.data.evaluation["heldout"], read.resolve) == 175_000
+    assert estimator._reading() == pytest.approx(4 * asked / SAMPLE)  # the second that encoding the sample took
+    monkeypatch.undo()
+    found = CliRunner().invoke(main, ["plan", str(path), "--json"])
+    told = json.loads(found.output)
+    assert 0 < told["reading"] < told["seconds"]
 
 
 def test_a_missing_text_is_named(tmp_path, random_model):

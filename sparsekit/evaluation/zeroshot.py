@@ -25,9 +25,10 @@ from typing import Any
 
 from torch import nn
 
-from sparsekit.data import Encode, encoder
+from sparsekit.data import encoder
 from sparsekit.errors import DataError, ModelError, nearest
 from sparsekit.evaluation.tasks import chosen, task_files
+from sparsekit.pieces import Encode
 
 BATCH = 32  # sequences of a forward; fixed, since it moves scores slightly (lm-eval issues 1645, 3055)
 

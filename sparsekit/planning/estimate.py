@@ -24,13 +24,12 @@ from sparsekit.planning.fates import layers
 from sparsekit.planning.fingerprint import NOT_READ
 from sparsekit.planning.microbench import Bench, Files
 from sparsekit.planning.peak import resident_now
-from sparsekit.planning.plan import Plan, PlannedStep, make_plan
+from sparsekit.planning.plan import Plan, PlannedStep, make_plan, texts_of
+from sparsekit.planning.reading import reading_seconds, tokens_of
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.text import locate_text
 from sparsekit.training.teacher import open_teacher
 
-BYTES_A_TOKEN = 4  # of English text, roughly; only where a recipe does not say how many windows
-UNPACKED = 3.5  # times an .xz text is larger unpacked
 FORWARDS_OF_HEAD = 4  # student and teacher forward, two products backward
 LOSS_TRAFFIC = {"cuda": 12, "cpu": 120}  # bytes a logit the loss and its gradient move: one kernel, or 30 operations
 STEP_TRAFFIC = {"cuda": 36, "cpu": 180}  # bytes a parameter an optimizer step moves: fused, or operation by operation
@@ -91,8 +90,8 @@ class Estimator:
         scoring = self._scoring(head, files)
         exports = {name: export_bytes(self.sizes, self.plan, name) for name in self.recipe.export.formats}
         everything = [*steps, *([scoring] if scoring else [])]
-        startup = self._startup()
-        seconds = startup + sum(part["seconds"] for part in steps)
+        startup, reading = self._startup(), self._reading()
+        seconds = startup + reading + sum(part["seconds"] for part in steps)
         seconds += sum(files.seconds(1, size) for size in exports.values())
         if scoring:
             seconds += scoring["seconds"] * (1 + len(steps))
@@ -109,9 +108,18 @@ class Estimator:
             "peak_device": max(part["device"]["bytes"] for part in everything) if everything else 0,
             "peak_host": max(part["host"]["bytes"] for part in everything) if everything else self.process,
             "startup": startup,
+            "reading": reading,
             "seconds": seconds,
             "notes": [*self.plan.notes, *self.notes, *self.bench.notes, *self._warnings(everything)],
         }
+
+    def _reading(self) -> float:
+        """Seconds to cut the texts into tokens, which a run does once."""
+        entries = texts_of(self.recipe)
+        if not entries:
+            return 0.0
+        tokenizer = load_tokenizer(self.view.path, trust_remote_code=self.recipe.model.trust_remote_code)
+        return reading_seconds(entries, tokenizer, self.recipe.resolve)
 
     def _startup(self) -> float:
         """Seconds a process pays once: the model is opened, with its dense twin if that is asked for, and
@@ -264,12 +272,11 @@ class Estimator:
         """Windows of a text, guessed from the size of its files where the recipe does not say."""
         if entry.samples is not None:
             return entry.samples
-        if any(path.startswith("hub:") for path in entry.paths):
+        tokens = tokens_of(entry, self.recipe.resolve)
+        if tokens is None:
             self.notes.append("the length of hub texts is not known before they are fetched; they count as nothing")
             return 0
-        files = [locate_text(path, self.recipe.resolve) for path in entry.paths]
-        size = sum(file.stat().st_size * (UNPACKED if file.suffix == ".xz" else 1) for file in files)
-        return max(1, int(size / BYTES_A_TOKEN / entry.seq_len))
+        return max(1, tokens // entry.seq_len)
 
     def _free(self) -> int:
         return int(torch.cuda.mem_get_info(self.view.device)[0]) if self.sizes.cuda else 0

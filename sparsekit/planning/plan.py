@@ -20,7 +20,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
 from sparsekit.planning.foreseen import Foreseen
 from sparsekit.quant import NO_GROUP_SIZE
-from sparsekit.recipe import Recipe, Step
+from sparsekit.recipe import Recipe, Step, TextEntry
 from sparsekit.reporting.sections import SECTIONS
 from sparsekit.shelf import Named, foreign_code
 
@@ -162,6 +162,15 @@ def reads(step: Step) -> str:
     if step.method.scope == "model":
         return "train"
     return "calibration" if step.calibrated else ""
+
+
+def texts_of(recipe: Recipe) -> list[TextEntry]:
+    """Every text that a run reads: those of the steps, then those that are scored."""
+    data, wanted = recipe.data, recipe.evaluate
+    named = {"calibration": data.calibration, "train": data.train}
+    scored = dict.fromkeys([*wanted.perplexity, *(measure.text for measure in wanted.measures)])
+    read = [named.get(name) for name in dict.fromkeys(map(reads, recipe.steps))]
+    return [*filter(None, read), *(data.evaluation[name] for name in scored)]
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -70,6 +70,8 @@ def steps_table(found: Mapping[str, Any]) -> Table:
         table.add_row(f"export {name}", *["–"] * len(titles), megabytes(size), "")
     if found["startup"] >= 0.05:
         table.add_row("start-up", *["–"] * len(titles), "–", duration(found["startup"]) + " once")
+    if found["reading"] >= 0.05:
+        table.add_row("texts into tokens", *["–"] * len(titles), "–", duration(found["reading"]) + " once")
     peaks = [found["peak_device"], found["peak_host"]][: len(titles)]
     table.add_row("in all", *map(megabytes, peaks), megabytes(found["disk"]), duration(found["seconds"]), style="bold")
     return table
