@@ -127,6 +127,7 @@ def ast_quantized() -> str:
     for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
         late = arm.get("quantize_from", 0.0)
         grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
+        grid += f", lr {arm['lr']:g}" if "lr" in arm else ""  # another than the default
         to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
         lines.append(
             f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "

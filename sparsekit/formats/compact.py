@@ -44,8 +44,8 @@ from sparsekit.shelf import Origin
 from sparsekit.state import LinearState
 
 VERSION = 1
-STORED = {ODD: (1, 2, 3, 4), SIX: (3,), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code, digits or not
-DIGITS = {SIX: (6, 3), TERNARY: (3, 5)}  # how many levels, and weights in a byte
+STORED = {ODD: (1, 2, 3, 4), SIX: (3,), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code; as digits they take fewer
+DIGITS = {SIX: (6, 3), TERNARY: (3, 5)}  # levels, which are the base, and how many weights fit a byte
 UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a row of digits tell how many there are
 FEWER = "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd, six or ternary"
 
