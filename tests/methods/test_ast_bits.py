@@ -312,11 +312,11 @@ def recipe_of(tmp_path, steps, formats="[]"):
 @pytest.mark.parametrize(("keys", "message"), REFUSED.items())
 def test_contradictions_are_told(tmp_path, keys, message):
     with pytest.raises(RecipeError, match=message):
-        read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}"))
+        read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 33K, {keys}}}"))
 
 
 def test_a_step_with_bits_is_the_quantizer(tmp_path):
-    joint, plain = "  - {method: ast, tokens: 1K, bits: 4}", "  - {method: ast, tokens: 1K}"
+    joint, plain = "  - {method: ast, tokens: 33K, bits: 4}", "  - {method: ast, tokens: 1K}"
     read_recipe(recipe_of(tmp_path, joint, "[gptq, sparsekit-24]"))
     with pytest.raises(RecipeError, match=r"codes of 2 or 3 or 4 or 8 bits, and those of step 1 \(ast\) have 5"):
         read_recipe(recipe_of(tmp_path, joint.replace("4}", "4, levels: odd}"), "[sparsekit-24-compact, gptq]"))
@@ -380,6 +380,6 @@ def test_a_step_tells_the_bits_of_its_codes(tmp_path):
         "kl: 1.0": None,
     }
     for keys, bits in told.items():
-        (step,) = read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 1K, {keys}}}")).steps
+        (step,) = read_recipe(recipe_of(tmp_path, f"  - {{method: ast, tokens: 33K, {keys}}}")).steps
         assert step.code_bits == bits
         assert step.quantizes == (bits is not None)
