@@ -60,6 +60,18 @@ def ours(about: object):
     return spoil
 
 
+def branch(bits: object, inputs: object) -> dict[str, object]:
+    """Both factors of a branch of integers with these settings."""
+    about = {"bits": bits, "inputs": inputs}
+    return {"version": 1, "branches": {"x": [about, about]}}
+
+
+def stage(number: int) -> str:
+    choices = (f"c{number}{choice}: {{method: magnitude, sparsity: 0.{choice + 1}}}" for choice in range(10))
+    return f"  s{number}: {{{', '.join(choices)}}}\n"
+
+
+ARMS = "name: arms\nmodel: {path: model}\nvariants:\n" + "".join(map(stage, range(7)))
 OURS = {"target_modules": ["model.layers.0.mlp.up_proj"]}
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 COMMANDS = [
@@ -98,6 +110,9 @@ COMMANDS = [
     ("branches that are no pair", PROMPT, adapter(OURS, (2, 64), (128, 3)), "no pair"),
     ("branches that are no matrices", PROMPT, adapter(OURS, (2,), (128,)), "no pair"),
     ("integer branches of nobody", PROMPT, ours([]), "is not one of ours"),
+    ("integer branches of 99 bits", PROMPT, ours(branch(99, 64)), "up has 99 bits and 64 inputs"),
+    ("integer branches of bits in words", PROMPT, ours(branch("4", 64)), "up has '4' bits and 64 inputs"),
+    ("integer branches of nothing", PROMPT, ours(branch(4, 0)), "up has 4 bits and 0 inputs"),
     ("integer branches of words", PROMPT, ours({"version": 1, "branches": {"x": 3}}), "is not one of ours"),
     ("report of nothing", ("report", "BASE/model"), nothing, "holds no report.json"),
     ("report of a list", ("report", "BASE/run"), put("run/report.json", "[]"), "is no report of this version"),
@@ -106,11 +121,14 @@ COMMANDS = [
     ("report of steps in words", ("report", "BASE/run"), lambda at: report(at, steps="x"), "is no report of this"),
     ("card of steps in words", ("report", "BASE/run", "--deploy"), lambda at: report(at, steps="x"), "is no report"),
     ("compare a list", ("compare", "BASE/run", "BASE/run"), put("run/report.json", "{}"), "does not say what it was"),
+    ("compare ten million arms", ("compare", "BASE/arms.yaml"), put("arms.yaml", ARMS), "10,000,000 arms, more"),
     ("check nothing", ("check", "wnada"), nothing, "Did you mean 'wanda'?"),
     ("check with no pattern", ("check", "magnitude", "--set", "pattern=9:4"), nothing, "pattern 9:4 must keep"),
     ("plugin of a long name", ("methods", "--plugin", f"{LONG}.py"), nothing, "File name too long"),
     ("plugin that links to itself", ("methods", "--plugin", "BASE/p.py"),
      lambda at: (at / "p.py").symlink_to(at / "p.py"), "is not there"),
+    ("a method called torch", ("new-method", "torch", "--directory", "BASE/n"), nothing, "'torch' is installed"),
+    ("a section called json", ("new-method", "json", "--kind", "section", "--directory", "BASE/n"), nothing, "hide"),
     ("a method called class", ("new-method", "class", "--directory", "BASE/n"), nothing, "no word of Python"),
     ("a method out of its place", ("new-method", "../x", "--directory", "BASE/n"), nothing, "lower case letters"),
     ("a method nowhere", ("new-method", "own", "--directory", "/proc/x"), nothing, "cannot write /proc/x"),

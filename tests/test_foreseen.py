@@ -71,13 +71,36 @@ def test_a_refusal_of_the_export_is_foreseen(tmp_path, family, steps, formats, w
     assert not (tmp_path / "out").exists()
 
 
+BRANCHES = [
+    (f"{PRUNED}, {{method: lowrank}}, {{method: lowrank}}", "q_proj: it has a low-rank branch already; keep one step"),
+    (f"{{{AST}, slorb: 16}}, {{method: lowrank}}", "it has a low-rank branch already"),
+    (
+        f"{{{AST}, slorb: 16}}, {{{AST}, slorb: 32}}",
+        "blocks of 32, and an earlier step left a branch with blocks of 16",
+    ),
+    (f"{{{AST}, slorb: 64}}", "slorb 64 does not divide 32 inputs"),
+    (f"{PRUNED}, {{method: lowrank, group_size: 0}}", "group_size 0 is no number of inputs"),
+]
+
+
+@pytest.mark.parametrize(("steps", "words"), BRANCHES)
+def test_branches_that_come_too_late_are_foreseen(tmp_path, steps, words):
+    path = written(tmp_path, "llama", steps, "")
+    path.write_text(path.read_text().replace("[dense, ]", "[]"))
+    found = CliRunner().invoke(main, ["plan", str(path)])
+    assert found.exit_code == 2, found.output
+    assert words in " ".join(found.output.split())
+    assert "recipe.yaml:7: " in found.output
+
+
 @pytest.mark.parametrize(
     ("family", "steps", "formats"),
     [
         ("gpt2", f"{PRUNED}, {{method: gptq, group_size: 16}}, {{method: lowrank, rank: 4}}", "sparsekit-24"),
         ("opt", f"{PRUNED}, {{method: rtn, group_size: 16}}", "gptq, awq, sparsekit-24, sparsekit-24-compact"),
         ("opt", f"{{{AST}, bits: 4, group_size: 16, levels: odd}}", "sparsekit-24-compact"),
-        ("opt", f"{{{AST}, bits: 2, group_size: 16, levels: ternary}}", "sparsekit-compact"),
+        ("opt", f"{{{AST}, bits: 2, group_size: 16, levels: ternary}}", "sparsekit-compact, sparsekit-coded"),
+        ("opt", f"{{{AST}, bits: 3, group_size: 16, levels: six}}", "sparsekit-24-compact, sparsekit-coded"),
         ("opt", "{method: gptq, group_size: -1, act_order: dynamic, symmetric: false}", "awq, sparsekit-compact"),
         ("phi", '{method: magnitude, pattern: "1:2"}, {method: rtn, group_size: 16}', "sparsekit-24"),
     ],

@@ -148,11 +148,13 @@ def _read_integers(directory: Path) -> dict[str, Branch]:
     for name, parts in about["branches"].items():
         pair = []
         for part, setting in zip(PARTS, parts, strict=True):
+            bits, count = setting["bits"], setting["inputs"]
+            if bits not in range(2, PACKED[-1] + 1) or count < 1:
+                raise CheckpointError(f"{directory / OUR_CONFIG}: {name}.{part} has {bits!r} bits and {count} inputs")
             try:
                 words, scale = tensors[f"{name}.{part}"], tensors[f"{name}.{part}_scales"]
             except KeyError as error:
                 raise CheckpointError(f"{directory} lacks {error}") from error
-            bits, count = setting["bits"], setting["inputs"]
             width = next(each for each in PACKED if each >= bits)
             if words.shape[1] != -(-count * width // WORD) or count % scale.shape[1]:
                 raise CheckpointError(f"{directory}: {name}.{part} and its configuration do not fit")

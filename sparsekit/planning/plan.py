@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sparsekit.errors import CoverageError, RecipeError, nearest
+from sparsekit.errors import CoverageError, MethodError, RecipeError, nearest
 from sparsekit.evaluation.measures import code_of
 from sparsekit.formats import FORMATS
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.fingerprint import digest_of, model_digest, step_fingerprint, teacher_digests
-from sparsekit.planning.foreseen import Foreseen
+from sparsekit.planning.foreseen import Foreseen, branch_of
 from sparsekit.quant import NO_GROUP_SIZE
 from sparsekit.recipe import Recipe, Step, TextEntry
 from sparsekit.reporting.sections import SECTIONS
@@ -129,6 +129,7 @@ def make_plan(recipe: Recipe, view: ModelView, texts: Mapping[str, str], digest:
         selected = _select(recipe, index, step, shapes)
         _check_pattern(recipe, index, step, selected, shapes)
         _check_groups(recipe, index, step, selected, shapes)
+        _check_branches(recipe, index, step, {name: shapes[name] for name in selected}, steps)
         pattern_key = step.method.accepts(Pattern)
         pattern: Pattern | None = getattr(step.params, pattern_key) if pattern_key else None
         if pattern is not None and pattern.sparsity:  # else what a step before has pruned stays so
@@ -232,13 +233,15 @@ def _check_pattern(
 def _check_groups(
     recipe: Recipe, index: int, step: Step, selected: Sequence[str], shapes: Mapping[str, tuple[int, int]]
 ) -> None:
-    grouped = step.quantizes and "group_size" in type(step.params).model_fields
+    grouped = "group_size" in type(step.params).model_fields and (step.quantizes or step.method.kind == "branch")
     size = getattr(step.params, "group_size") if grouped else -1  # noqa: B009  # the method's own parameter
     if size == -1:
         return
     where = recipe.where("steps", index, "group_size")
     if size < 1:
         raise RecipeError(NO_GROUP_SIZE.format(size), where=where)
+    if not step.quantizes:  # factors of a branch that it does not divide are rounded all the same
+        return
     bad = [f"{name} ({shapes[name][1]} inputs)" for name in selected if shapes[name][1] % size]
     if bad:
         widths = {shapes[name][1] for name in selected}
@@ -248,6 +251,24 @@ def _check_groups(
             f"{', '.join(fitting) or 'none'}, or -1 for one group a row; or add the layers to ignore"
         )
         raise RecipeError(message, where=where)
+
+
+def _check_branches(
+    recipe: Recipe, index: int, step: Step, shapes: Mapping[str, tuple[int, int]], before: Sequence[PlannedStep]
+) -> None:
+    """A linear has one low-rank branch, which a later step may train and not replace."""
+    try:
+        for name, shape in shapes.items():
+            added, there = step.method.branch_of(step.values, *shape), branch_of(before, name, shape)
+            if added is None or there is None:
+                continue
+            if step.method.kind == "branch":
+                raise MethodError("it has a low-rank branch already; keep one step that adds them", layer=name)
+            if added.length != there.length:
+                told = f"blocks of {added.length}, and an earlier step left a branch with blocks of {there.length}"
+                raise MethodError(told, layer=name)
+    except MethodError as error:
+        raise RecipeError(str(error), where=recipe.where("steps", index)) from error
 
 
 def _listed(items: Sequence[str], limit: int = 6) -> str:

@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparsekit.recipe.step import Step
 from sparsekit.recipe.yamllines import Document, Keys, Mark, shown
 
 STAGES = ("variants",)
+MOST = 1000  # arms
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ def read_arms(paths: Sequence[Path], overrides: Sequence[str] = (), *, plugins: 
 def arms_of(document: Document) -> Arms:
     """The arms of a comparison file."""
     stages = [_choices(document, stage, raw) for stage, raw in _stages(document)]
+    if (count := prod(map(len, stages))) > MOST:
+        message = f"the stages make {count:,} arms, more than the {MOST:,} that one comparison may have"
+        raise RecipeError(message, where=document.where(STAGES))
     name = document.values.get("name")
     found = Arms(name if isinstance(name, str) else "comparison")
     for choices in product(*stages):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,7 +22,7 @@ def new_method(name: str, kind: str, directory: Path) -> tuple[Path, Path]:
     Returns:
         The plugin and its test.
     Raises:
-        PluginError: The name is taken or no lower-case identifier, or a file is there already.
+        PluginError: The name is taken, that of a module or no lower-case identifier, or a file is there already.
     """
     if kind not in KINDS:
         raise PluginError(f"no kind {kind!r}; there are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
@@ -28,6 +30,8 @@ def new_method(name: str, kind: str, directory: Path) -> tuple[Path, Path]:
         raise PluginError(
             f"name {name!r} must be lower case letters, digits and _, and no word of Python, as in my_pruner"
         )
+    if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
+        raise PluginError(f"a module {name!r} is installed, which {name}.py would hide; choose another name")
     for suite in SUITES:
         if name in suite.names():
             raise PluginError(f"the name {name!r} is taken ({suite.noun}); choose another one")
