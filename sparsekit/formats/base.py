@@ -46,7 +46,19 @@ def grid_header(setting: Setting) -> dict[str, Any]:
     return {"group_size": setting.group_size, "symmetric": setting.symmetric, "act_order": setting.act_order}
 
 
-class Storage(Protocol):
+class Layouts(Protocol):
+    """What of a storage tells whether linears have a layout; see `Storage`."""
+
+    title: str
+
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
+        """The layouts for a grid, the smallest first; the last one holds most."""
+
+    def obstacle(self, state: LinearState, layout: str) -> str | None:
+        """Why a linear has no such layout, in words, or None when it has one."""
+
+
+class Storage(Layouts, Protocol):
     """How a format stores the integers of a linear.
 
     Attributes:
@@ -65,12 +77,6 @@ class Storage(Protocol):
     parts: Mapping[str, str]
     bits: tuple[int, ...]
     checksums: bool
-
-    def layouts(self, symmetric: bool) -> tuple[str, ...]:
-        """The layouts for a grid, the smallest first; the last one holds most."""
-
-    def obstacle(self, state: LinearState, layout: str) -> str | None:
-        """Why a linear has no such layout, in words, or None when it has one."""
 
     def pack(self, weight: QuantizedWeight, layout: str, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The tensors of a linear by suffix, on the device of its codes; `obstacle` has found nothing.
@@ -127,7 +133,7 @@ class Format:
     doc: str | None
 
 
-def find_setting(storage: Storage, blocks: Iterable[tuple[BlockState, set[str]]], layout: str = "auto") -> Setting:
+def find_setting(storage: Layouts, blocks: Iterable[tuple[BlockState, set[str]]], layout: str = "auto") -> Setting:
     """The one setting all quantized linears share.
 
     Args:

@@ -80,10 +80,11 @@ class Foreseen:
         Raises:
             CheckpointError: There is no layout.
         """
+        once = _Once(storage, storage.title)
         try:
-            find_setting(storage, self._blocks(storage, _all))
+            find_setting(once, self._blocks(storage, _all))
         except CheckpointError:
-            find_setting(storage, self._blocks(storage, _half if self.view.quantized else self._nonzero()))
+            find_setting(once, self._blocks(storage, _half if self.view.quantized else self._nonzero()))
 
     def _nonzero(self) -> Kept:
         """What the first block's own weights keep, the only weights that are read for a plan."""
@@ -121,6 +122,24 @@ class Foreseen:
             act_order=values.get("act_order") == "dynamic",
             layout="" if step.method.built_in and values.get("levels", "integer") == "integer" else "odd",
         )
+
+
+@dataclass(slots=True)
+class _Once:
+    """A storage that is asked once about integers that many linears share."""
+
+    storage: Storage
+    title: str
+    _told: dict[tuple[int, str], str | None] = field(default_factory=dict)
+
+    def layouts(self, symmetric: bool) -> tuple[str, ...]:
+        return self.storage.layouts(symmetric)
+
+    def obstacle(self, state: LinearState, layout: str) -> str | None:
+        key = (id(state.quantized), layout)  # they live as long as this does
+        if key not in self._told:
+            self._told[key] = self.storage.obstacle(state, layout)
+        return self._told[key]
 
 
 def branch_of(steps: Sequence[PlannedStep], name: str, shape: Shape) -> Branch | None:
