@@ -162,3 +162,27 @@ def decoding(folder: str = "") -> str:
         f"and {bf16 / ours:.1f} times faster than in bf16. For 64 tokens at once bf16 was faster.",
     )
     return textwrap.fill(" ".join(told), 118, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def coded() -> str:
+    """What entropy coding saves of the bytes of exports."""
+    titles = ("steps", "format", "bits a weight", "coded", "codes", "patterns", "scales", "smaller by", "than FP32")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in measured("coded")["rows"]:
+        before, parts = sum(row["before"].values()), row["coded"]
+        bits = sum(parts.values())
+        each = " | ".join(f"{parts[name]:.3f}" if name in parts else "–" for name in ("values", "patterns", "scales"))
+        lines.append(
+            f"| {row['name']} | `{row['format']}` | {before:.3f} | {bits:.3f} | {each} "
+            f"| {1 - bits / before:.1%} | {32 / bits:.1f} × |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def coded_speed() -> str:
+    """How fast the coder is."""
+    found = measured("coded")["speed"]
+    return (
+        f"One core decodes {found['decoded_a_second'] / 1e6:.0f} M codes a second of an [11008, 4096] linear, 2:4 and "
+        f"4 bits, and encodes {found['encoded_a_second'] / 1e6:.0f} M; counted in CPU time.\n"
+    )

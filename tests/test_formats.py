@@ -63,7 +63,7 @@ def test_every_format_gives_back_every_integer(name, group, symmetric):
     assert back(STORAGES[name], state)[1].equal(state.quantized)
 
 
-@pytest.mark.parametrize("name", STORAGES)
+@pytest.mark.parametrize("name", sorted(STORAGES.keys() - {"sparsekit-coded"}))  # which has all bits
 def test_bits_without_a_layout_are_an_obstacle(name):
     assert "5 bits have no" in STORAGES[name].obstacle(integers(bits=5), STORAGES[name].layouts(True)[-1])
 
@@ -107,8 +107,9 @@ def test_missing_and_misshapen_tensors_are_named(name):
     with pytest.raises(CheckpointError, match="group size 7 does not divide"):
         storage.unpack(packed, dataclasses.replace(setting, group_size=7))
     scales = next(suffix for suffix, role in storage.parts.items() if role == "scales")
-    with pytest.raises(CheckpointError, match="not all finite"):
-        storage.unpack(packed | {scales: packed[scales] * float("nan")}, setting)
+    if packed[scales].is_floating_point():  # coded bytes have a test of their own
+        with pytest.raises(CheckpointError, match="not all finite"):
+            storage.unpack(packed | {scales: packed[scales] * float("nan")}, setting)
 
 
 @pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])

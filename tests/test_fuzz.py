@@ -177,6 +177,7 @@ def coded(draw: st.DrawFn) -> dict[str, torch.Tensor]:
         numbers = torch.arange(math.prod(shape)).reshape(shape) % (highest + 1)
         good = torch.from_numpy(streams.written(numbers.to(torch.uint8).numpy())) if len(shape) == 2 else numbers.int()
         found[name] = torch.cat((good, good)) if name == "scales" else good
+    found["values"] = torch.cat((torch.tensor([2], dtype=torch.uint8), found["values"]))
     for name in draw(st.sets(st.sampled_from(list(found)), max_size=3)):
         kind, place = draw(st.integers(0, 4)), draw(st.integers(0, len(found[name]) - 1))
         if kind == 0:

@@ -3,8 +3,9 @@
 Where the compact formats give every code the same bits, this one gives frequent codes fewer. Of each linear
 it stores up to five tensors, each a row of bytes, which are streams as streams.py writes them:
 
-- values: the codes [out, in], or with patterns those of the two kept inputs of every group of four, [out, in / 2];
-- patterns: where no group of four holds more than two weights: which two, 0..5 for places 01, 02, 03, 12, 13,
+- values: a byte, 4, and the codes [out, in]; or a byte, 2, and those of the two kept inputs of every group of
+  four, [out, in / 2]: then there are patterns;
+- patterns: where no group of four holds more than two weights: which two are kept, 0..5 for places 01, 02, 03, 12, 13,
   23, [out, in / 4]. A group with fewer is filled up as in sparsekit-24;
 - scales: the high bytes of the float16 scales [out, groups], and behind them their low bytes;
 - zeros: the zero-points [out, groups], of asymmetric grids only;
@@ -38,6 +39,7 @@ from sparsekit.state import LinearState
 
 VERSION = 1
 BITS = tuple(range(2, 9))
+ALL, TWO = 4, 2  # inputs of every four whose codes are stored
 PLACES = torch.tensor([first | second << 2 for first, second in PAIRS], dtype=torch.int32)
 
 
@@ -70,11 +72,11 @@ class Coded:
         """Two to five tensors; a mask decides which zeros of a group are stored as its weights."""
         tensors, device = {}, weight.codes.device
         if weight.codes.shape[1] % 4 or crowded(weight):
-            tensors["values"] = _stored(device, weight.codes)
+            tensors["values"] = _stored(device, weight.codes, begin=(ALL,))
         else:
             places, codes = places_of(weight, mask), quads(weight.codes)  # [out, in/4] both
             pairs = torch.stack((codes >> ((places & 3) << 3) & 255, codes >> (places >> 2 << 3) & 255), 2)
-            tensors["values"] = _stored(device, pairs.flatten(1))
+            tensors["values"] = _stored(device, pairs.flatten(1), begin=(TWO,))
             tensors["patterns"] = _stored(device, pattern_of(places))
         low, high = weight.scale.half().contiguous().view(torch.uint8).reshape(*weight.scale.shape, 2).unbind(2)
         tensors["scales"] = _stored(device, high, low)
@@ -86,7 +88,7 @@ class Coded:
 
     def unpack(self, found: Mapping[str, Tensor], setting: Setting) -> QuantizedWeight:
         """Inverse of `pack`."""
-        (values,), places = _read(found, "values"), _places(found)
+        places, (values,) = _places(found), _read(found, "values", begin=1)
         out, columns = values.shape
         if places is not None:
             columns = 4 * places.shape[1]
@@ -132,24 +134,34 @@ class Coded:
         yield "every linear is decoded when it is read; no kernel computes with coded integers"
 
 
-def _stored(device: torch.device, *matrices: Tensor) -> Tensor:
-    """Matrices of small integers as streams, one after the other: uint8 [bytes]; the coder runs on the CPU."""
+def _stored(device: torch.device, *matrices: Tensor, begin: tuple[int, ...] = ()) -> Tensor:
+    """Some bytes and matrices of small integers as streams: uint8 [bytes]; the coder runs on the CPU."""
     parts = [streams.written(matrix.to(torch.uint8).cpu().contiguous().numpy()) for matrix in matrices]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return torch.from_numpy(np.concatenate((np.array(begin, np.uint8), *parts))).to(device)
 
 
-def _read(found: Mapping[str, Tensor], suffix: str, count: int = 1) -> list[Tensor]:
-    """Inverse of `_stored`, so many matrices.
+def _bytes(found: Mapping[str, Tensor], suffix: str) -> Tensor:
+    """A tensor of a linear, uint8 [bytes].
+
+    Raises:
+        CheckpointError: It is missing or of another kind.
+    """
+    if suffix not in found:
+        raise CheckpointError(f"lacks the tensor {suffix}; there is {', '.join(found)}")
+    value = found[suffix]
+    if value.dtype != torch.uint8 or value.dim() != 1:
+        raise CheckpointError(f"{suffix} is {value.dtype} {list(value.shape)}, expected a row of bytes")
+    return value
+
+
+def _read(found: Mapping[str, Tensor], suffix: str, count: int = 1, begin: int = 0) -> list[Tensor]:
+    """Inverse of `_stored`: so many matrices, behind so many bytes.
 
     Raises:
         CheckpointError: The tensor is missing, or is not what was ever written.
     """
-    if suffix not in found:
-        raise CheckpointError(f"lacks the tensor {suffix}; there is {', '.join(found)}")
-    value, matrices = found[suffix], []
-    if value.dtype != torch.uint8 or value.dim() != 1:
-        raise CheckpointError(f"{suffix} is {value.dtype} {list(value.shape)}, expected a row of bytes")
-    rest = value.cpu().numpy()
+    value, matrices = _bytes(found, suffix), []
+    rest = value.cpu().numpy()[begin:]
     try:
         for _ in range(count):
             matrix, rest = streams.read(rest)
@@ -167,8 +179,11 @@ def _places(found: Mapping[str, Tensor]) -> Tensor | None:
     Raises:
         CheckpointError: No such bytes were ever written.
     """
-    if "patterns" not in found:
+    kept = _bytes(found, "values")[:1].tolist()
+    if kept == [ALL] and "patterns" not in found:
         return None
+    if kept != [TWO]:
+        raise CheckpointError(f"values of {kept} inputs of every four: {ALL}, or with patterns {TWO} are stored")
     (patterns,) = _read(found, "patterns")
     if (largest := int(patterns.max())) >= len(PLACES):
         raise CheckpointError(f"patterns holds {largest}; two of four lie in {len(PLACES)} ways, 0..5")

@@ -47,7 +47,10 @@ VERSION = 1
 STORED = {ODD: (1, 2, 3, 4), SIX: (3,), TERNARY: (2,), INTEGER: (2, 3, 4)}  # bits of a code; as digits they take fewer
 DIGITS = {SIX: (6, 3), TERNARY: (3, 5)}  # levels, which are the base, and how many weights fit a byte
 UNIT = 16  # inputs: codes of any bits fill whole bytes, and the bytes of a row of digits tell how many there are
-FEWER = "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd, six or ternary"
+FEWER = (
+    "quantizers with bits: 2, 3 or 4 leave what has a layout, and so does ast with levels: odd, six or ternary; "
+    "sparsekit-coded holds all bits"
+)
 
 
 class Compact:
@@ -69,7 +72,8 @@ class Compact:
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
         if weight.codes.shape[1] % UNIT:
-            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
+            told = "add it to the quantizer's ignore, or export sparsekit-coded"
+            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; {told}"
         if weight.bits - is_odd(layout) not in STORED[layout]:
             return f"{weight.bits} bits have no sparsekit-compact layout with levels {layout}; {FEWER}"
         if is_odd(layout) and bool((weight.codes & 1 ^ 1).any()):

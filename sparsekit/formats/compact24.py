@@ -89,11 +89,12 @@ class Compact24:
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
         if weight.codes.shape[1] % UNIT:
-            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; add it to the quantizer's ignore"
+            told = "add it to the quantizer's ignore, or export sparsekit-coded"
+            return f"its {weight.codes.shape[1]} inputs are not a multiple of {UNIT}; {told}"
         if is_odd(layout):
             return _not_odd(weight, layout) or inexact_scale(weight)
         if weight.bits not in STORED[INTEGER]:
-            allowed = "2, 3 and 4 bits have, and 5 where every group of 4 holds two odd codes"
+            allowed = "2, 3 and 4 bits have, 5 where every group of 4 holds two odd codes, and all in sparsekit-coded"
             return f"{weight.bits} bits have no sparsekit-24-compact layout; {allowed} (here {_not_odd(weight, ODD)})"
         return crowded(weight) or inexact_scale(weight)
 

@@ -61,7 +61,8 @@ class Sparse24:
         weight = state.quantized
         assert weight is not None  # only asked about quantized linears
         if weight.bits not in self.bits:
-            return f"{weight.bits} bits have no sparsekit-24 layout, only 4 bits have; sparsekit-24-compact has others"
+            others = "sparsekit-24-compact and sparsekit-coded have others"
+            return f"{weight.bits} bits have no sparsekit-24 layout, only 4 bits have; {others}"
         if weight.codes.shape[1] % 8:
             return f"its {weight.codes.shape[1]} inputs are not a multiple of 8; add it to the quantizer's ignore"
         return crowded(weight) or inexact_scale(weight)

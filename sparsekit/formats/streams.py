@@ -41,10 +41,11 @@ def written(matrix: Bytes) -> Bytes:
     first, apart = int(held[0]), int(np.gcd.reduce(np.diff(held))) or 1
     symbols = (matrix.reshape(-1) - np.uint8(first)) // np.uint8(apart)
     counts = counts[first : held[-1] + 1 : apart]
-    forms = {PACKED: _packed(symbols, len(counts)), CODED: _coded(symbols, counts)}
-    kind = min(forms, key=lambda kind: forms[kind].size)
+    content, kind = _coded(symbols, counts), CODED
+    if content.size >= -(-symbols.size * _width(len(counts)) // 8):
+        content, kind = _packed(symbols, len(counts)), PACKED
     header = HEADER.pack(*matrix.shape, first, apart, len(counts) - 1, kind)
-    return np.concatenate((np.frombuffer(header, np.uint8), forms[kind]))
+    return np.concatenate((np.frombuffer(header, np.uint8), content))
 
 
 def read(stream: Bytes) -> tuple[Bytes, Bytes]:
