@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import families
 import pytest
 import torch
@@ -111,3 +114,33 @@ def test_an_error_ends_every_micro_batch(where, tmp_path, monkeypatch):
         assert torch.equal(stream.hidden, before)
         assert stream.block == 0
         assert not view.linears(0)[groups[0][0]]._forward_pre_hooks
+
+
+def test_a_forward_that_ends_early_leaves_nothing_behind(tmp_path, monkeypatch):
+    view = ModelView.open(families.save("llama", tmp_path / "model"), device="cpu")
+    monkeypatch.setattr("sparsekit.blockwise.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
+    given, feeder = [], Activations.feeder
+
+    def watched(self, name, statistic, *, finite):
+        feed = feeder(self, name, statistic, finite=finite)
+
+        def hook(module, arguments):
+            given.append(weakref.ref(arguments[0]))
+            feed(module, arguments)
+
+        return hook
+
+    monkeypatch.setattr(Activations, "feeder", watched)
+    with torch.inference_mode():
+        stream = Activations.begin(view, torch.randint(0, 128, (6, 16)))
+        view.materialise(0, view.dense_block(0))
+        groups = view.groups(0, *stream.sample(0))
+        gc.collect()
+        gc.disable()  # cycles of frames and tracebacks would hold tensors, as they do on a device between collections
+        try:
+            stream.collect(0, groups, Gram)
+            alive = [reference() for reference in given if reference() is not None]
+        finally:
+            gc.enable()
+    assert len(given) == 3 * len(groups)
+    assert not alive

@@ -123,8 +123,12 @@ class Activations:
         ]
         with hooked(handles), self._quick(index):
             for part in self._batches():
-                with calls.forward():
+                calls.begin()
+                try:
                     self.view.run_block(index, *self.enter(index, part))
+                except _Enough:
+                    continue
+                calls.ended()
         return statistics
 
     def feeder(self, name: str, statistic: Statistic, *, finite: bool) -> Hook:
@@ -219,7 +223,11 @@ class Activations:
 
 
 class _Enough(Exception):
-    """What was to be collected of a forward is collected; the rest of it need not be run."""
+    """What was to be collected of a forward is collected; the rest of it need not be run.
+
+    It is not for a `contextmanager` to catch: since Python 3.12 one holds the frames that an exception came
+    through, and with them the tensors of the forward, until garbage is collected.
+    """
 
 
 class _Calls:
@@ -243,14 +251,12 @@ class _Calls:
 
         return hook
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """One forward, which may end early."""
+    def begin(self) -> None:
+        """A forward begins."""
         self._now = [0] * len(self._now)
-        try:
-            yield
-        except _Enough:
-            return
+
+    def ended(self) -> None:
+        """It came to its end."""
         self._once = all(count == 1 for count in self._now)
 
 
