@@ -6,7 +6,7 @@ from packed import random_packed
 from torch import Tensor
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import INPUTS, ROW_TILE, TOKEN_TILE, DecodeWeight, arrange, choose
+from sparsekit.kernels.decode import TOKEN_TILE, DecodeWeight, arrange, choose
 
 
 def words(tensor: Tensor) -> list[int]:
@@ -93,11 +93,13 @@ def test_a_weight_takes_three_bits_and_its_scales() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
-@pytest.mark.parametrize("row_tiles", [8, 24, 256, 512, 640, 768, 1376, 3584])
-def test_every_cut_can_run(tokens: int, row_tiles: int) -> None:
-    cut = choose(tokens, row_tiles, 132)
-    assert row_tiles * ROW_TILE % cut.rows == 0
-    assert cut.threads <= 512
-    padded = TOKEN_TILE * -(-tokens // TOKEN_TILE)
-    inputs = 3 * cut.input_warps * padded * INPUTS * 2 if tokens > TOKEN_TILE else 0
-    assert max(inputs, cut.input_warps * padded * cut.rows * 4) <= 48 * 1024, "static shared memory"
+@pytest.mark.parametrize("row_tiles", [1, 8, 24, 256, 512, 640, 768, 1376, 3584])
+@pytest.mark.parametrize(("processors", "shared"), [(132, 227), (108, 163), (82, 99)])  # H200, A100, RTX 3090
+def test_every_cut_can_run(tokens: int, row_tiles: int, processors: int, shared: int) -> None:
+    for sparse, group_size in ((True, 128), (True, 32), (False, 128), (False, 32)):
+        unit = 4 * arrange(random_packed(16, 128, group_size, sparse)).units.shape[2]
+        cut = choose(tokens, row_tiles, unit, processors, 1024 * shared)
+        assert cut.threads <= 512
+        assert cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) <= 1024 * shared
+        assert cut.stages >= 2
+        assert cut.row_warps == 1 or cut.input_warps < 16, "named barriers"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from device_time import graphed
 from torch import Tensor
 
 from sparsekit.inference.linear import Product
@@ -114,7 +115,7 @@ def _error(call: Call, dense: Tensor, batch: int) -> float:
 
 def measure(work: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, dict[str, float]]:
     """Microseconds of some calls, interleaved: median, least and most. On CUDA each call is one graph."""
-    replays = {name: _graph(call) if device == "cuda" else call for name, call in work.items()}
+    replays = {name: graphed(call) if device == "cuda" else call for name, call in work.items()}
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, replay in replays.items():
@@ -122,20 +123,6 @@ def measure(work: dict[str, Callable[[], Any]], rounds: int, device: str) -> dic
     return {
         name: {"us": statistics.median(taken), "least": min(taken), "most": max(taken)} for name, taken in times.items()
     }
-
-
-def _graph(call: Callable[[], Any]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    return graph.replay
 
 
 def _elapsed(replay: Callable[[], Any], device: str) -> float:

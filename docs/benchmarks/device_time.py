@@ -23,6 +23,21 @@ def timed(call: Callable[[], object], repeats: int = 5, warm: int = 2) -> dict[s
     return {"ms": round(statistics.median(times), 4), "least": round(min(times), 4), "most": round(max(times), 4)}
 
 
+def graphed(call: Callable[[], object]) -> Callable[[], None]:
+    """The work of a call as one graph: what replaying it takes is the device's time, without launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    return graph.replay
+
+
 def profiled(call: Callable[[], object], rows: int = 8) -> list[str]:
     """The kernels that take the most time in a call, and how often they are launched."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -8,7 +8,7 @@ check  the gpu tests of the kernels
 solve  factor and sweep of every distinct input of a Llama-2-7B-shaped block, given its Gram matrices
 gram   accumulating a block's Gram matrices, ours one for each of its 4 inputs, the recursion's one for each of its
        7 linears; time, and error against float64
-mask   a 2:4 mask of 4096 x 11008, against the loop over groups and against a copy
+mask   2:4 masks of 4096 x 11008, against the loop over groups and, both without launches, against copies
 block  the whole block, SparseGPT 2:4 and GPTQ int4 g128, both schedules, and after them, with --sparsegpt DIR and
        --autogptq DIR (copies of IST-DASLab/sparsegpt and AutoGPTQ), the authors' classes, and with --recursion
        the recursion. A run of theirs stops at --limit seconds and tells how far it came.
@@ -40,7 +40,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from device_time import profiled, timed
+from device_time import graphed, profiled, timed
 from oneshot_awq import awq
 from oneshot_base import base
 from oneshot_block import block
@@ -203,10 +203,10 @@ def mask() -> dict[str, Any]:
 
     numel = 4 * weights[0].numel()
     row: dict[str, Any] = {
-        "kernel": timed(each(lambda weight: nm_mask(weight, norm, PATTERN, absolute=True)), 20, 5),
+        "kernel": timed(graphed(each(lambda weight: nm_mask(weight, norm, PATTERN, absolute=True))), 20, 5),
         "keep_weights": timed(each(lambda weight: PATTERN.keep_weights(weight, norm)), 20, 5),
         "torch": timed(each(lambda weight: PATTERN.keep_reference(weight.abs() * norm)), 5, 2),
-        "copy": timed(each(lambda weight: target.copy_(weight)), 20, 5),
+        "copy": timed(graphed(each(lambda weight: target.copy_(weight))), 20, 5),
         "loop": timed(each(loop), 1, 0),
     }
     row["copy_gb_s"] = round(8 * numel / row["copy"]["ms"] / 1e6, 1)

@@ -6,6 +6,7 @@
 //   MT       tiles of 16 rows that a warp computes at once
 //   NT       tiles of 8 tokens
 //   WR, WK   warps of a block along the rows and along the inputs
+//   STAGES   units of a warp that are in shared memory or on their way there
 //   GROUPS   scales of a row in 128 inputs: 1, 2 or 4
 //   BLOCKS   blocks that shall fit a multiprocessor at once, which limits registers
 //
@@ -24,7 +25,6 @@ typedef unsigned long long u64;
 #define TOKENS (8 * NT)
 #define THREADS (32 * WR * WK)
 #define AHEAD (NT == 1)       // inputs come through registers, else through shared memory
-#define STAGES 3              // steps of inputs in shared memory
 #define TILE (TOKENS * 128)   // values of a unit's inputs
 
 struct Loaded {
@@ -33,34 +33,24 @@ struct Loaded {
     u32 scales[GROUPS];  // of rows g and g + 8, float16 each
 };
 
-static __device__ __forceinline__ uint4 stream4(const void* at) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
-static __device__ __forceinline__ uint2 stream2(const void* at) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-    return v;
-}
-
-static __device__ __forceinline__ u32 stream1(const void* at) {
-    u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
-    return v;
-}
-
-// A lane's part of a unit. Every byte is used once, so none of it stays in the L1 cache.
-static __device__ __forceinline__ Loaded load(const u32* unit, int lane) {
+// A lane's part of a unit.
+static __device__ __forceinline__ Loaded part_of(const u32* unit, int lane) {
     Loaded found;
-    found.codes[0] = stream4(unit + 4 * lane);
-    if (!SPARSE) found.codes[SPARSE ? 0 : 1] = stream4(unit + 128 + 4 * lane);
-    if (SPARSE) found.meta = stream2(unit + 128 + 2 * lane);
+    found.codes[0] = *(const uint4*)(unit + 4 * lane);
+    if (!SPARSE) found.codes[SPARSE ? 0 : 1] = *(const uint4*)(unit + 128 + 4 * lane);
+    if (SPARSE) found.meta = *(const uint2*)(unit + 128 + 2 * lane);
 #pragma unroll
-    for (int s = 0; s < GROUPS; s++) found.scales[s] = stream1(unit + 32 * (CODES + META) + 8 * s + (lane >> 2));
+    for (int s = 0; s < GROUPS; s++) found.scales[s] = unit[32 * (CODES + META) + 8 * s + (lane >> 2)];
     return found;
+}
+
+static __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+// Begin to copy a unit to shared memory; every byte is used once, so none of it stays in the L1 cache.
+static __device__ __forceinline__ void fetch_unit(u32* unit, const u32* from, int lane) {
+#pragma unroll
+    for (int at = 4 * lane; at < UNIT; at += 128)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(unit + at)), "l"(from + at));
 }
 
 static __device__ __forceinline__ float half_to_float(u16 bits) {
@@ -104,18 +94,18 @@ static __device__ __forceinline__ void widen(u32 word, u32 (&pairs)[4]) {
 // sum += A B with A 16x32, 2:4; `half` says which two lanes of four hold its metadata.
 template <int HALF>
 static __device__ __forceinline__ void multiply_sparse(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
-    asm volatile(MMA_SP " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta),
-                   "n"(HALF));
+    asm(MMA_SP " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta),
+          "n"(HALF));
 }
 
 // sum += A B with A 16x16.
 static __device__ __forceinline__ void multiply_dense(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A lane's share of one unit's inputs, for 8 tokens: of every 32 inputs 8 consecutive ones.
@@ -137,22 +127,6 @@ static __device__ __forceinline__ Inputs load_inputs(const u16* x, int tokens, i
     return found;
 }
 
-// Where 8 inputs of a token are in a tile: tokens that differ in the last bit have their halves of 64 swapped, so
-// that the lanes of a quarter of a warp read different banks.
-static __device__ __forceinline__ int place(int token, int eighth) { return token * 16 + (eighth ^ (token & 1) << 2); }
-
-// Begin to copy a unit's inputs to shared memory, by the warps that need it; what is not there becomes 0.
-static __device__ __forceinline__ void fetch_inputs(uint4* tile, const u16* x, int tokens, int columns, int left, int thread) {
-#pragma unroll
-    for (int at = thread; at < TILE / 8; at += 32 * WR) {
-        const int token = at / 16, eighth = at % 16;
-        const bool real = token < tokens && 8 * eighth < left;
-        const u16* from = real ? x + (long)token * columns + 8 * eighth : x;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         (u32)__cvta_generic_to_shared(tile + place(token, eighth))), "l"(from), "r"(real ? 16 : 0));
-    }
-}
-
 // 32 inputs of 8 tokens as the tensor cores want them. For 2:4, two neighbouring lanes swap halves: the even one keeps
 // the first two inputs of four groups of four, the odd one the others.
 static __device__ __forceinline__ void operand(u32 (&b)[4], const uint4& v, int lane) {
@@ -165,6 +139,43 @@ static __device__ __forceinline__ void operand(u32 (&b)[4], const uint4& v, int 
     b[2] = odd ? v.y : s0;
     b[3] = odd ? v.w : s1;
 #else
+    b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
+#endif
+}
+
+// Where 8 inputs of a token are in a tile: those of eight tokens lie in different banks.
+static __device__ __forceinline__ int place(int token, int eighth) { return token * 16 + (eighth ^ (token & 7)); }
+
+// Begin to copy a unit's inputs to shared memory, by the warps that need it; what is not there becomes 0. For 2:4, of
+// every 32 inputs groups i and i + 4 of four lie side by side, as a tensor core takes them together.
+static __device__ __forceinline__ void fetch_inputs(uint4* tile, const u16* x, int tokens, int columns, int left, int thread) {
+#pragma unroll
+    for (int at = thread; at < TILE / 8; at += 32 * WR) {
+        const int token = at / 16, eighth = at % 16;
+        const bool real = token < tokens && 8 * eighth < left;
+        const u16* from = real ? x + (long)token * columns + 8 * eighth : x;
+#if SPARSE
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int group = 2 * (eighth & 3) + half;
+            const u32 to = shared_address(tile + place(token, (eighth & ~3) + (group & 3))) + 8 * (group >> 2);
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from + 4 * half), "r"(real ? 8 : 0));
+        }
+#else
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + place(token, eighth))),
+                     "l"(from), "r"(real ? 16 : 0));
+#endif
+    }
+}
+
+// The same 32 inputs of 8 tokens from a tile; nothing has to be moved between lanes.
+static __device__ __forceinline__ void operand_of_tile(u32 (&b)[4], const uint4* tile, int k, int n, int lane) {
+#if SPARSE
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(shared_address(tile + place(8 * n + (lane & 7), 4 * k + (lane >> 3)))));
+#else
+    const uint4 v = tile[place(8 * n + (lane >> 2), 4 * k + (lane & 3))];
     b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 #endif
 }
@@ -183,70 +194,65 @@ static __device__ __forceinline__ u16 narrow(float v) {
     return bits;
 }
 
-// Products of one unit for every tile of rows and tokens, scaled and added to `sums`. `given` tells the inputs.
-template <class Given>
-static __device__ __forceinline__ void accumulate(float (&sums)[MT][NT][4], const Loaded (&weights)[MT], Given given,
-                                                  int lane) {
+// Products of one unit of 16 rows for every tile of tokens, scaled and added to `sums`.
+static __device__ __forceinline__ void accumulate(float (&sums)[NT][4], const Loaded& weights, const u32 (&b)[4][NT][4]) {
 #pragma unroll
     for (int s = 0; s < GROUPS; s++) {
-        float part[MT][NT][4];
+        float part[NT][4];
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) part[m][n][i] = 0.0f;
+            for (int i = 0; i < 4; i++) part[n][i] = 0.0f;
 #pragma unroll
         for (int q = 0; q < 4 / GROUPS; q++) {
             const int k = s * (4 / GROUPS) + q;  // which 32 inputs of the unit
-            u32 b[NT][4];
-#pragma unroll
-            for (int n = 0; n < NT; n++) operand(b[n], given(k, n), lane);
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-                u32 a[4];
+            u32 a[4];
 #if SPARSE
-                widen(word_of(weights[m].codes[0], k), a);
-                u32 meta = k < 2 ? weights[m].meta.x : weights[m].meta.y;
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    if (k & 1) multiply_sparse<1>(part[m][n], a, b[n], meta);
-                    else multiply_sparse<0>(part[m][n], a, b[n], meta);
-                }
-#else
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    widen(word_of(weights[m].codes[SPARSE ? 0 : k >> 1], 2 * (k & 1) + h), a);
-#pragma unroll
-                    for (int n = 0; n < NT; n++) multiply_dense(part[m][n], a, b[n][2 * h], b[n][2 * h + 1]);
-                }
-#endif
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            float upper = half_to_float((u16)weights[m].scales[s]), lower = half_to_float((u16)(weights[m].scales[s] >> 16));
+            widen(word_of(weights.codes[0], k), a);
+            const u32 meta = k < 2 ? weights.meta.x : weights.meta.y;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                sums[m][n][0] += upper * part[m][n][0];
-                sums[m][n][1] += upper * part[m][n][1];
-                sums[m][n][2] += lower * part[m][n][2];
-                sums[m][n][3] += lower * part[m][n][3];
+                if (k & 1) multiply_sparse<1>(part[n], a, b[k][n], meta);
+                else multiply_sparse<0>(part[n], a, b[k][n], meta);
             }
+#else
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                widen(word_of(weights.codes[SPARSE ? 0 : k >> 1], 2 * (k & 1) + h), a);
+#pragma unroll
+                for (int n = 0; n < NT; n++) multiply_dense(part[n], a, b[k][n][2 * h], b[k][n][2 * h + 1]);
+            }
+#endif
+        }
+        const float upper = half_to_float((u16)weights.scales[s]), lower = half_to_float((u16)(weights.scales[s] >> 16));
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            sums[n][0] += upper * part[n][0];
+            sums[n][1] += upper * part[n][1];
+            sums[n][2] += lower * part[n][2];
+            sums[n][3] += lower * part[n][3];
         }
     }
 }
 
-// Each block has ROWS rows for itself; its warps along the inputs take turns at the units.
+// What a block shares: weights and inputs on their way, then the sums of its warps; see `Setting.shared_bytes`.
+union Shared {
+    struct {
+        u32 weights[WR * WK][STAGES][MT][UNIT];
+        uint4 inputs[AHEAD ? 1 : WK][AHEAD ? 1 : STAGES][TILE / 8];
+    } coming;
+    float parts[WK][TOKENS][ROWS];
+};
+extern __shared__ uint4 pool[];
+
+// Each block has ROWS rows for itself; its warps along the inputs take turns at the units. Tiles of rows that the last
+// block has too many are the last tile again, and their results are dropped.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
     const u32* __restrict__ weights, const u16* __restrict__ x, u16* __restrict__ y, int rows, int units, int tokens,
     int columns) {
-    __shared__ union {
-        float parts[WK][TOKENS][ROWS];
-        uint4 tiles[AHEAD ? 1 : STAGES][AHEAD ? 1 : WK][TILE / 8];
-    } shared;
+    Shared& shared = *(Shared*)pool;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wr = warp % WR, wk = warp / WR;
-    const u32* mine = weights + (long)(blockIdx.x * WR + wr) * MT * units * UNIT;
+    const int first = (blockIdx.x * WR + wr) * MT, last = (rows + 15) / 16 - 1;
 
     float sums[MT][NT][4];
 #pragma unroll
@@ -256,46 +262,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[m][n][i] = 0.0f;
 
-    // the weights of the next unit and its inputs are on their way while one is computed
-    Loaded now[MT], next[MT];
-    const auto load_weights = [&](Loaded(&to)[MT], int unit) {
-#pragma unroll
-        for (int m = 0; m < MT; m++) to[m] = load(mine + ((long)m * units + unit) * UNIT, lane);
-    };
-    if (wk < units) load_weights(now, wk);
-#if AHEAD
-    const auto read = [&](int unit) { return load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane); };
-    Inputs given = read(wk), coming;
-    for (int unit = wk; unit < units; unit += WK) {
-        if (unit + WK < units) load_weights(next, unit + WK);
-        coming = read(unit + WK);
-        accumulate(sums, now, [&](int k, int) { return given.values[k]; }, lane);
-#pragma unroll
-        for (int m = 0; m < MT; m++) now[m] = next[m];
-        given = coming;
-    }
-#else
+    // the next units are on their way while one is computed
     const auto fetch = [&](int stage, int unit) {
-        fetch_inputs(shared.tiles[stage][wk], x + 128 * unit, tokens, columns, columns - 128 * unit, 32 * wr + lane);
+        if (unit < units) {
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const u32* from = weights + ((long)min(first + m, last) * units + unit) * UNIT;
+                fetch_unit(shared.coming.weights[warp][stage][m], from, lane);
+            }
+#if !AHEAD
+            fetch_inputs(shared.coming.inputs[wk][stage], x + 128 * unit, tokens, columns, columns - 128 * unit, 32 * wr + lane);
+#endif
+        }
         asm volatile("cp.async.commit_group;");
     };
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage, wk + stage * WK);
+#if AHEAD
+    const auto read = [&](int unit) { return load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane); };
+    Inputs given = read(wk);
+#endif
     int stage = 0;
     for (int unit = wk; unit < units; unit += WK) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");  // of the warps with these inputs
-        if (unit + WK < units) load_weights(next, unit + WK);
+        if (AHEAD || WR == 1) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");  // of the warps with these inputs
         fetch(stage == 0 ? STAGES - 1 : stage - 1, unit + (STAGES - 1) * WK);
-        const uint4* tile = shared.tiles[stage][wk];
-        accumulate(sums, now, [&](int k, int n) { return tile[place(8 * n + (lane >> 2), 4 * k + (lane & 3))]; }, lane);
+        u32 b[4][NT][4];
+#if AHEAD
+        const Inputs after = read(unit + WK);
 #pragma unroll
-        for (int m = 0; m < MT; m++) now[m] = next[m];
+        for (int k = 0; k < 4; k++) operand(b[k][0], given.values[k], lane);
+        given = after;
+#else
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int n = 0; n < NT; n++) operand_of_tile(b[k][n], shared.coming.inputs[wk][stage], k, n, lane);
+#endif
+#pragma unroll
+        for (int m = 0; m < MT; m++) accumulate(sums[m], part_of(shared.coming.weights[warp][stage][m], lane), b);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     asm volatile("cp.async.wait_all;");
-    __syncthreads();  // tiles become parts
-#endif
+    __syncthreads();  // what was on its way makes room for the sums
 
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -320,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) expand(
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int unit = blockIdx.y * (WR * WK) + (threadIdx.x >> 5);
     if (unit >= units) return;
-    const Loaded found = load(weights + ((long)blockIdx.x * units + unit) * UNIT, lane);
+    const Loaded found = part_of(weights + ((long)blockIdx.x * units + unit) * UNIT, lane);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll

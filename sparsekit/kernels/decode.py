@@ -26,8 +26,7 @@ AT_ONCE = 32  # tokens of a launch
 MAX_TOKENS = 96  # three launches take less time than to dequantize a weight once, then cuBLAS (H100, 7B and 70B)
 ROW_TILE, INPUTS = 16, 128  # of a unit
 TOKEN_TILE = 8
-PADDED_ROWS = 128  # so that blocks of 1, 2, 4 or 8 tiles of rows come out even
-MOST_ROW_WARPS = 4  # of a block that has 4 warps along the inputs
+PLAIN_SHARED = 48 * 1024  # bytes of shared memory that need no request
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -37,15 +36,16 @@ class Setting(NamedTuple):
     Attributes:
         row_tiles: Tiles of 16 rows that a warp computes.
         row_warps: Warps of a block along the rows.
-        input_warps: Warps of a block along the inputs. With more than 8 tokens their inputs are in shared memory,
-            12 KiB for 16 tokens and 24 KiB for 32, of 48 KiB in all.
+        input_warps: Warps of a block along the inputs.
         blocks: Blocks that shall fit a multiprocessor at once, which limits their registers.
+        stages: Units of a warp that are in shared memory or on their way there.
     """
 
     row_tiles: int
     row_warps: int
     input_warps: int
     blocks: int
+    stages: int
 
     @property
     def rows(self) -> int:
@@ -56,6 +56,51 @@ class Setting(NamedTuple):
     def threads(self) -> int:
         """Threads of a block."""
         return 32 * self.row_warps * self.input_warps
+
+    def shared_bytes(self, token_tiles: int, unit: int) -> int:
+        """Shared memory of a block: units on their way, with more than 8 tokens inputs too; then sums in their place.
+
+        Args:
+            token_tiles: Tiles of 8 tokens.
+            unit: Bytes of a unit.
+        """
+        tokens = TOKEN_TILE * token_tiles
+        coming = self.row_warps * self.row_tiles * unit + (2 * INPUTS * tokens if token_tiles > 1 else 0)
+        return self.input_warps * max(self.stages * coming, 4 * tokens * self.rows)
+
+
+# For so many tokens at most, and so many tiles of rows for each multiprocessor at most, what was best on an H200 for
+# the linears of Llama 7B and 70B (decode_h200.json): one block for each multiprocessor, with all of its rows, as long
+# as their sums fit its registers.
+MANY = 1 << 30
+CUTS = {
+    8: {
+        1: Setting(1, 1, 16, 1, 2),
+        2: Setting(2, 1, 16, 1, 2),
+        3: Setting(3, 1, 16, 1, 2),
+        4: Setting(4, 1, 16, 1, 2),
+        5: Setting(5, 1, 12, 1, 2),
+        6: Setting(3, 1, 6, 2, 2),
+        16: Setting(6, 1, 6, 1, 2),
+        MANY: Setting(4, 2, 2, 1, 3),
+    },
+    16: {
+        2: Setting(2, 1, 8, 1, 3),
+        4: Setting(4, 1, 12, 1, 2),
+        5: Setting(3, 2, 8, 1, 2),
+        6: Setting(2, 3, 4, 1, 4),
+        16: Setting(3, 4, 3, 1, 2),
+        MANY: Setting(4, 2, 1, 2, 3),
+    },
+    32: {
+        1: Setting(1, 1, 2, 1, 3),
+        2: Setting(1, 2, 2, 1, 3),
+        3: Setting(1, 3, 2, 1, 3),
+        4: Setting(1, 4, 2, 1, 3),
+        8: Setting(1, 2, 2, 1, 3),
+        MANY: Setting(2, 2, 2, 1, 3),
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +140,7 @@ def why_not(packed: PackedWeight, dtype: torch.dtype, device: torch.device) -> s
 def arrange(packed: PackedWeight) -> DecodeWeight:
     """A weight in the kernel's order, on the device where it is; nothing of `packed` is kept."""
     out, columns = packed.shape
-    rows, inputs = _padded(out, PADDED_ROWS), _padded(columns, INPUTS)
+    rows, inputs = _padded(out, ROW_TILE), _padded(columns, INPUTS)
     scales = max(1, INPUTS // packed.group_size)
     if packed.positions is None:
         parts = [_dense_codes(_pad(_nibbles(packed.values), rows, inputs, 8))]
@@ -123,12 +168,14 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
         starts = range(0, len(x), AT_ONCE)
         return torch.cat([multiply(x[start : start + AT_ONCE], weight, setting) for start in starts])
     tokens, (out, columns) = x.shape[0], weight.shape
-    row_tiles, units = weight.units.shape[:2]
-    cut = setting or choose(tokens, row_tiles, _processors(x.device))
+    row_tiles, units, words = weight.units.shape
+    cut = setting or choose(tokens, row_tiles, 4 * words, *_device(x.device))
     x, y = x.contiguous(), x.new_empty(tokens, out)
-    kernel = _kernel("decode", x.dtype, weight.sparse, weight.scales, -(-tokens // TOKEN_TILE), cut, x.device)
-    blocks = row_tiles * ROW_TILE // cut.rows
-    kernel((blocks, 1, 1), (cut.threads, 1, 1), [weight.units, x, y, out, units, tokens, columns])
+    token_tiles = -(-tokens // TOKEN_TILE)
+    shared = cut.shared_bytes(token_tiles, 4 * words)
+    kernel = _kernel("decode", x.dtype, weight.sparse, weight.scales, token_tiles, cut, x.device, shared)
+    grid = (-(-row_tiles * ROW_TILE // cut.rows), 1, 1)
+    kernel(grid, (cut.threads, 1, 1), [weight.units, x, y, out, units, tokens, columns], shared)
     return y
 
 
@@ -142,33 +189,29 @@ def expand(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
     out, columns = weight.shape
     row_tiles, units = weight.units.shape[:2]
     full = torch.empty(out, columns, dtype=dtype, device=weight.units.device)
-    cut = Setting(1, 1, 8, 1)
-    kernel = _kernel("expand", dtype, weight.sparse, weight.scales, 1, cut, full.device)
+    cut = Setting(1, 1, 8, 1, 2)
+    kernel = _kernel("expand", dtype, weight.sparse, weight.scales, 1, cut, full.device, 0)
     grid = (row_tiles, -(-units // cut.input_warps), 1)
     kernel(grid, (cut.threads, 1, 1), [weight.units, full, out, units, columns])
     return full
 
 
-def choose(tokens: int, row_tiles: int, processors: int) -> Setting:
-    """How to cut a product: the best measured on an H100 for the linears of Llama 7B and 70B (decode_h100.json).
+def choose(tokens: int, row_tiles: int, unit: int, processors: int, shared: int) -> Setting:
+    """How to cut a product.
 
-    Few rows are best done in one wave of large blocks, many by small blocks that several share a multiprocessor.
-    With more than 8 tokens the warps of a block share one copy of the inputs, so few rows are best cut into one
-    block for each multiprocessor.
+    Args:
+        tokens: At most `AT_ONCE`.
+        row_tiles: Tiles of 16 rows.
+        unit: Bytes of a unit.
+        processors: Multiprocessors of the device.
+        shared: Bytes of shared memory that a block may have.
     """
-    if tokens > TOKEN_TILE:
-        two = tokens <= 2 * TOKEN_TILE
-        rows = -(-row_tiles // processors)
-        if rows <= MOST_ROW_WARPS and row_tiles % rows == 0:
-            return Setting(1, rows, 4 if two else 2, 1)
-        if row_tiles <= 8 * processors:
-            return Setting(2, 1, 4, 1) if two else Setting(1, 2, 2, 1)
-        return Setting(2, 2, 2, 4 if two else 1)
-    if row_tiles <= 2 * processors:
-        return Setting(2, 1, 16, 1)
-    if row_tiles <= 4 * processors:
-        return Setting(4, 1, 16, 1)
-    return Setting(4, 1, 4, 4) if row_tiles > 8 * processors else Setting(4, 1, 8, 2)
+    share = -(-row_tiles // processors)
+    cuts = next(cuts for most, cuts in CUTS.items() if tokens <= most)
+    cut = next((cut for most, cut in cuts.items() if share <= most), cuts[MANY])
+    while cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) > shared and cut.input_warps > 1:
+        cut = cut._replace(input_warps=cut.input_warps - 1)
+    return cut
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -248,15 +291,24 @@ def _scale_words(packed: PackedWeight, rows: int, inputs: int, scales: int) -> T
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the bytes of shared memory that a block may have."""
+    about = torch.cuda.get_device_properties(device)
+    return about.multi_processor_count, about.shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
 
 
 @lru_cache
 def _kernel(
-    name: str, dtype: torch.dtype, sparse: bool, scales: int, token_tiles: int, cut: Setting, device: torch.device
+    name: str,
+    dtype: torch.dtype,
+    sparse: bool,
+    scales: int,
+    token_tiles: int,
+    cut: Setting,
+    device: torch.device,
+    shared: int,
 ) -> Any:
-    """Handle of a compiled kernel; a module belongs to one device."""
+    """Handle of a compiled kernel that may ask for so much shared memory; a module belongs to one device."""
     macros = {
         "SPARSE": int(sparse),
         "BF16": int(dtype == torch.bfloat16),
@@ -264,12 +316,16 @@ def _kernel(
         "NT": token_tiles,
         "WR": cut.row_warps,
         "WK": cut.input_warps,
+        "STAGES": cut.stages,
         "GROUPS": scales,
         "BLOCKS": cut.blocks,
     }
     source = "".join(f"#define {macro} {value}\n" for macro, value in macros.items()) + _source()
     with torch.cuda.device(device):
-        return torch.cuda._compile_kernel(source, name)
+        kernel = torch.cuda._compile_kernel(source, name)
+        if shared >= PLAIN_SHARED:
+            kernel.set_shared_memory_config(shared)
+    return kernel
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsekit.pattern import Pattern
 
-CHUNK = 2048  # entries of a program
-WARPS = 4
+CHUNK = 1024  # entries of a program
+WARPS = 1
 
 
 @triton.jit

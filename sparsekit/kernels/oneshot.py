@@ -64,7 +64,7 @@ class AddUpper(Protocol):
 def gram_kernel(kernels: Kernels, x: Tensor) -> AddUpper | None:
     """The kernel that adds tokens [tokens, in] to a Gram matrix, or None where matrix products do."""
     reason = None if x.shape[1] >= WIDE else f"{x.shape[1]} inputs have too few tiles"
-    if x.shape[1] % 8 or x.dtype not in (torch.bfloat16, torch.float16) or not len(x):
+    if x.data_ptr() % 16 or x.shape[1] % 8 or x.dtype not in (torch.bfloat16, torch.float16) or not len(x):
         reason = "rows are not aligned floats of 16 bits"
     if not runs_triton(kernels, x.device, reason):
         return None

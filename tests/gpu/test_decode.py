@@ -10,7 +10,12 @@ from sparsekit.kernels.decode import AT_ONCE, DTYPES, MAX_TOKENS, Setting, arran
 pytestmark = pytest.mark.gpu
 SHAPES = [(40, 160, 32, True), (192, 1024, 64, True), (1024, 4096, 128, True), (4096, 1408, 128, True),
           (64, 512, 512, True), (40, 256, 128, False), (192, 320, 64, False), (1024, 4096, 128, False)]  # fmt: skip
-CUTS = [None, Setting(1, 4, 2, 3), Setting(2, 2, 2, 1)]  # each is compiled for every count of eight tokens
+CUTS = [
+    None,
+    Setting(1, 4, 2, 3, 3),
+    Setting(2, 2, 2, 1, 2),
+    Setting(3, 1, 4, 1, 4),
+]  # each is compiled for every count of eight tokens
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of the norm; the result is rounded to the dtype
 
 
