@@ -20,6 +20,10 @@ ABLATION = {  # arm of recipes/ast: what it is
     "static": "AST, decay at its plateau from the first step (static SR-STE)",
     "adaptive": "AST",
     "lr-3e-3": "AST, lr 3e-3",
+    "fixed-lr-3e-3": "the first mask for good, distillation, lr 3e-3",
+    "wanda": "AST from Wanda's masks",
+    "sparsegpt": "AST from SparseGPT's masks and weights",
+    "alps": "AST from ALPS' masks and weights",
     "floor-0": "AST, the rate falls to 0",
     "squarehead": "AST, with the distance of the blocks' outputs (SquareHead)",
     "mixed-t1": "AST, a third of cross-entropy",
@@ -121,7 +125,7 @@ def true_bytes() -> str:
 
 def ast_quantized() -> str:
     """What training on integer grids gave, beside its rivals."""
-    found = measured("ast_quantized_h100")
+    found = measured("ast_quantized")
     titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
@@ -169,7 +173,7 @@ def _front() -> list[tuple[str, str, float, float]]:
     """Name, kind, times smaller than FP32, perplexity."""
     scales, places = 16 / 128, 2 / 3
     named = {row["name"]: row["final"]["valid"]["perplexity"] for row in measured("base_h100")}
-    trained = measured("ast_quantized_h100")
+    trained = measured("ast_quantized")
     sparse = 2 + places + scales  # 4 bits for half of the weights
     points = [("dense, bf16", KINDS[0], 2.0, trained["dense"])]
     for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
@@ -184,12 +188,14 @@ def _front() -> list[tuple[str, str, float, float]]:
         kind = KINDS[1] if pattern == "2:4" else KINDS[0]
         title = f"trained {_grid(bits, levels)}, {tokens} M"
         points.append((title, kind, 32 / arm["bits_per_weight"], arm["perplexity"]))
+        if coded := arm.get("coded_bits_per_weight"):
+            points.append((f"{title}, coded", kind, 32 / coded, arm["perplexity"]))
     return points
 
 
 def decode_linears() -> str:
     """Times of a block's linears from packed weights, beside bf16 and the dense integers."""
-    found = measured("decode_h100")
+    found = measured("decode_h200")
     ours, ways = "2:4 + int4", {"bf16": "cuBLAS bf16", "int4": "int4", "tinygemm": "torch's int4"}
     heading = ["block of", "tokens", "2:4 + int4", *(f"{way} (times ours)" for way in ways.values())]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
@@ -202,7 +208,7 @@ def decode_linears() -> str:
 
 def decode_model() -> str:
     """A whole model of Llama 7B's shape: milliseconds of a token and of a prompt, gigabytes."""
-    runs = measured("decode_h100")["7b"]["models"]
+    runs = measured("decode_h200")["7b"]["models"]
     lines = ["| 7B shape | bf16 | 2:4 + int4 | |", "|---|---|---|---|"]
     told = {"a token, batch 1": "batch 1", "the same with --fuse": "batch 1, fused", "a token, batch 16": "batch 16"}
     rows = [(title, runs["model"], f", {key}", "ms", 1.0) for title, key in told.items()]
@@ -217,7 +223,7 @@ def decode_model() -> str:
 
 def ast_ablation() -> str:
     """What each part of AST is worth, as in the paper's Table 4; seeds of an arm are one row."""
-    found = measured("ast_ablation_h100")
+    found = measured("ast_ablation")
     dense = found["dense"]["valid"]["perplexity"]
     rows: dict[tuple[bool, int], list[Any]] = {}
     for arm in found["arms"]:

@@ -28,16 +28,16 @@ BASE = (  # of base_h100.json, as a page shows it: a heading, or an arm and what
     ("sparsegpt-awq4", "SparseGPT → AWQ"),
     ("ast-gptq4-base", "AST → GPTQ"),
 )
-OTHERS = (  # part of oneshot_h100.json, job, whose, and what it is
+OTHERS = (  # part of oneshot_h200.json or, llm-compressor's, oneshot_h100.json; job, whose, and what it is
     ("block", "sparsegpt 2:4", "SparseGPT class", "SparseGPT 2:4: the authors' class"),
-    ("llmcompressor", "sparsegpt 2:4", "llm-compressor, tuned", "SparseGPT 2:4: llm-compressor 0.14"),
+    ("llmcompressor", "sparsegpt 2:4", "llm-compressor, tuned", "SparseGPT 2:4: llm-compressor 0.14, H100"),
     ("block", "gptq int4 g128", "AutoGPTQ class", "GPTQ int4: AutoGPTQ's class"),
-    ("llmcompressor", "gptq int4 g128", "llm-compressor, tuned", "GPTQ int4: llm-compressor 0.14"),
+    ("llmcompressor", "gptq int4 g128", "llm-compressor, tuned", "GPTQ int4: llm-compressor 0.14, H100"),
     (
         "llmcompressor",
         "gptq int4 g128 static",
         "llm-compressor, tuned",
-        "GPTQ int4, static groups: llm-compressor 0.14",
+        "GPTQ int4, static groups: llm-compressor 0.14, H100",
     ),
 )
 
@@ -58,15 +58,15 @@ def base_figures() -> str:
 def headline(folder: str = "") -> str:
     """What to expect, for the front page and the README: perplexity and size of models/base; pages are in `folder`."""
     runs, dense = _base()
-    read = {name: measured(f"{name}_h100") for name in ("plugins", "ast_ablation", "ast_quantized")}
-    aimed = next(arm for result in read["plugins"] for arm in result["arms"] if arm["arm"] == "aimed-50")
+    read = {name: measured(name) for name in ("plugins_h100", "ast_ablation", "ast_quantized")}
+    aimed = next(arm for result in read["plugins_h100"] for arm in result["arms"] if arm["arm"] == "aimed-50")
     longer = min(_longest(read["ast_ablation"]["arms"]))
     together = [
         min(
             (arm for arm in read["ast_quantized"]["arms"] if arm["pattern"] == "2:4" and arm["bits"] == bits),
             key=_valid,
         )
-        for bits in (4, 2)
+        for bits in (4, 3, 2)
     ]
     sizes = {name: size for name, _, size, _ in figures._front()}
     rows = [
@@ -79,7 +79,8 @@ def headline(folder: str = "") -> str:
         ("AST 2:4, 26.2 M tokens, then GPTQ int4", runs["ast-gptq4-base"][0], sizes["AST, then GPTQ int4"]),
     ]
     for arm in together:
-        title = f"2:4 and {arm['bits']} bits trained together, {arm['tokens'] / 1e6:.1f} M"
+        levels = figures.FEW.get(arm["levels"], f"{arm['bits']} bits")
+        title = f"2:4 and {levels} trained together, {arm['tokens'] / 1e6:.1f} M"
         rows.append((title, arm["perplexity"], 32 / arm["bits_per_weight"]))
     lines = ["| | perplexity | linears, of FP32 |", "|---|---|---|"]
     for title, score, size in rows:
@@ -114,7 +115,7 @@ def _base() -> tuple[dict[str, tuple[float, str]], float]:
 
 def solver() -> str:
     """Factor and sweep of the linears of a Llama-2-7B block, beside the papers' column recursion."""
-    found = measured("oneshot_h100")["solve"]
+    found = measured("oneshot_h200")["solve"]
     titles = {"qkv": "q, k and v together", "o": "o", "gate_up": "gate and up together", "down": "down"}
     lines = ["| | SparseGPT 2:4 | recursion | GPTQ int4 | recursion |", "|---" * 5 + "|"]
     for name, title in titles.items():
@@ -128,7 +129,7 @@ def solver() -> str:
 
 def blocks() -> str:
     """A whole block by sparsekit, by the authors' classes and by llm-compressor."""
-    found = measured("oneshot_h100")
+    found = measured("oneshot_h100") | measured("oneshot_h200")
     lines = ["| | theirs | output error | one pass | output error | in parity | output error |", "|---" * 7 + "|"]
     for part, job, side, title in OTHERS:
         rows = {row["side"]: row for row in found[part]["jobs"][job]}
@@ -146,7 +147,7 @@ def blocks() -> str:
 
 def decoding(folder: str = "") -> str:
     """How fast a token of a 7B shape comes, in a paragraph; pages are in `folder`."""
-    found = measured("decode_h100")["7b"]
+    found = measured("decode_h200")["7b"]
     runs, block = found["models"], found["linears"]["block"]["batches"]
     (dense, quick), (packed, fast) = (
         tuple(runs["model"][f"{form}, batch 1{how}"]["ms"] for how in ("", ", fused"))
@@ -156,7 +157,7 @@ def decoding(folder: str = "") -> str:
     ours, (int4, bf16) = block["1"]["2:4 + int4"]["us"], (block["1"][form]["us"] for form in ("int4", "bf16"))
     told = (
         f"[`sparsekit generate`]({folder}generate.md) runs 2:4 + int4 as it is packed.",
-        f"On one H100 a token of a model of Llama 7B's shape takes {packed:.1f} ms and {held[0]:.1f} GB,",
+        f"On one H200 a token of a model of Llama 7B's shape takes {packed:.1f} ms and {held[0]:.1f} GB,",
         f"in bf16 {dense:.1f} ms and {held[1]:.1f} GB; with `--fuse` {fast:.1f} and {quick:.1f} ms.",
         f"The linears of a block are {int4 / ours:.2f} times faster than from dense int4",
         f"and {bf16 / ours:.1f} times faster than in bf16. For 64 tokens at once bf16 was faster.",
