@@ -1,4 +1,4 @@
-"""Packing on CUDA gives the words that the CPU gives, and no tensor leaves the device for it."""
+"""Packing on CUDA gives the words that the CPU gives; nothing leaves the device for it but what sparsekit-coded codes."""
 
 from __future__ import annotations
 
