@@ -1,4 +1,4 @@
-"""Packing on CUDA gives the words that the CPU gives; nothing leaves the device for it but what sparsekit-coded codes."""
+"""Packing on CUDA gives the words that the CPU gives; only sparsekit-coded leaves the device for it."""
 
 from __future__ import annotations
 
