@@ -2,6 +2,7 @@
 
     python docs/benchmarks/ast_ablation.py recipes/ast/table4.yaml --out ast_table4.json
     python docs/benchmarks/ast_ablation.py recipes/ast/table4.yaml --arms fixed-kd adaptive --seeds 1 2 --out s.json
+    python docs/benchmarks/ast_ablation.py recipes/ast/*.yaml --arms adaptive@99.6M slorb-16 --within 300 --out s.json
     python docs/benchmarks/ast_ablation.py --table --out ast_table4.json
 
 Each file is a comparison whose arms end with an `ast` step; the steps before it are run once, and again only
@@ -149,19 +150,18 @@ def logits(view: ModelView, tokens: Tensor) -> Tensor:
 
 def arms_of(
     files: Sequence[Path], wanted: Sequence[str], overrides: Sequence[str]
-) -> Iterator[tuple[Path, str, Recipe]]:
-    """The wanted arms of the files, in their order."""
-    matched = set()
-    for file in files:
-        for name, recipe in read_arms([file], overrides).recipes.items():  # its name is the arm's
-            if recipe.steps[-1].method.name != "ast":
-                raise RecipeError(f"arm {name} ends with {recipe.steps[-1].method.name}, not with ast", where=str(file))
-            found = [glob for glob in wanted if fnmatchcase(name, glob)]
-            matched |= set(found)
-            if found or not wanted:
-                yield file, name, recipe
-    if missing := [glob for glob in wanted if glob not in matched]:
-        raise RecipeError(f"no arm is called {missing[0]!r}")
+) -> Iterator[tuple[Path, str, Recipe, int | None]]:
+    """The wanted arms of the files in the order in which they are wanted, with the tokens that a name asks for."""
+    known = [(file, name, arm) for file in files for name, arm in read_arms([file], overrides).recipes.items()]
+    for file, name, recipe in known:
+        if recipe.steps[-1].method.name != "ast":
+            raise RecipeError(f"arm {name} ends with {recipe.steps[-1].method.name}, not with ast", where=str(file))
+    for text in wanted or ["*"]:
+        glob, _, tokens = text.partition("@")
+        found = [arm for arm in known if fnmatchcase(arm[1], glob)]
+        if not found:
+            raise RecipeError(f"no arm is called {glob!r}")
+        yield from ((*arm, count(tokens) if tokens else None) for arm in found)
 
 
 def arguments_of(recipe: Recipe, tokens: int | None) -> dict[str, Any]:
@@ -235,12 +235,15 @@ def table(results: Mapping[str, Any]) -> str:
 def measure(given: argparse.Namespace, results: dict[str, Any]) -> bool:
     """Run what is not there yet; returns whether everything went well."""
     bench: Bench | None = None
-    good = True
-    for file, name, recipe in list(arms_of(given.files, given.arms, given.set)):
-        text = given.text or next(iter(recipe.data.evaluation))
+    good, began, taken = True, time.monotonic(), dict[int | None, float]()
+    for file, name, recipe, own in list(arms_of(given.files, given.arms, given.set)):
+        text, tokens = given.text or next(iter(recipe.data.evaluation)), own or given.tokens
         for seed in given.seeds:
-            if any(same(old, name, recipe, seed, given.tokens, text) for old in results["arms"]):
+            if any(same(old, name, recipe, seed, tokens, text) for old in results["arms"]):
                 print(f"{file.name} {name} seed {seed}: done before", flush=True)
+                continue
+            if time.monotonic() - began + taken.get(tokens, 0.0) > given.within:
+                print(f"{file.name} {name} seed {seed}: no time left", flush=True)
                 continue
             if bench is None or not bench.fits(recipe, text):
                 bench = None  # one at a time on the device
@@ -249,11 +252,13 @@ def measure(given: argparse.Namespace, results: dict[str, Any]) -> bool:
                 bench = Bench(run, text, given.runs)
                 results["dense"][text] = strip(bench.score(None))
             try:
-                row = one(bench, file, name, recipe, seed, given.tokens)
+                started = time.monotonic()
+                row = one(bench, file, name, recipe, seed, tokens)
+                taken[tokens] = time.monotonic() - started
                 told = f"{row['score']['perplexity']:.3f}  {row['seconds']:.0f} s"
             except Exception as error:  # the other arms are still worth having; the exit status tells
                 good, told = False, f"failed: {type(error).__name__}: {error}"[:300]
-                row = {"arm": name, "file": file.name, "seed": seed, "budget": given.tokens, "failed": told}
+                row = {"arm": name, "file": file.name, "seed": seed, "budget": tokens, "failed": told}
             results["arms"] = [old for old in results["arms"] if place_of(old) != place_of(row)] + [row]
             write_json(given.out, results)
             print(f"{file.name} {name} seed {seed}: {told}", flush=True)
@@ -274,7 +279,16 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--arms", nargs="*", default=[], metavar="NAME", help="names or globs; all of them if absent")
+    parser.add_argument(
+        "--arms",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="names or globs, all if absent; NAME@99.6M for other tokens",
+    )
+    parser.add_argument(
+        "--within", type=float, default=float("inf"), help="begin no arm that would end after so many seconds"
+    )
     parser.add_argument("--tokens", type=count, help="in place of the files', as in 99.6M")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--text", help="evaluation text to score; the first of the file if absent")
