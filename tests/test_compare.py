@@ -95,6 +95,10 @@ def test_arms_hold_every_number(compared):
     assert best == lowest["name"]
     assert lowest["against_best"]["heldout"]["value"] == 0
     assert "wanda: no gptq export, since no step quantizes" in data["notes"]
+    trained = json.loads((compared / "arms" / "ast" / "report.json").read_text())["basis"]
+    assert data["basis"]["calibration"]  # of the arms that read it
+    assert data["basis"]["train"] == trained["train"] is not None
+    assert "null" not in (compared / "comparison.html").read_text().partition("have in common</h2>")[2][:2000]
 
 
 def smallest(compared: Path, arm: dict) -> Path:

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 import sparsekit.evaluation.deploy
 from sparsekit.cli import main
 from sparsekit.evaluation import deploy
-from sparsekit.evaluation.deploy import verdicts
+from sparsekit.reporting.report import markdown_table
+from sparsekit.reporting.speed import sentences, speed_table
 
 RECIPE = """\
 name: {name}
@@ -75,21 +76,66 @@ def test_compare_measures_every_arm(tmp_path, random_model):
     assert one != other  # the dense model is measured beside every arm
     assert len({arm["deploy"]["memory"]["dense"] for arm in data["arms"]}) == 1
     page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "dense, tokens/s" in page
+    assert "Tokens a second" in page
+    assert page.count('scope="rowgroup"') == 1
     assert "Speed was not measured" not in page
 
 
-def test_no_speed_up_is_said_plainly():
-    def rows(*ratios: float) -> list[dict]:
-        return [{"form": "f", "batch": batch, "ratio": ratio} for batch, ratio in zip((1, 16), ratios, strict=True)]
+def card(*rows: tuple[str, str, int, float], noise: float = 0.0, **memory: int) -> dict:
+    """A card of (form, work, batch, ratio) beside a dense model of 100 tokens a second and 100 bytes."""
+    speed = [
+        {"form": form, "work": work, "batch": batch, "dense": 100.0, "tokens_per_second": 100 * ratio, "ratio": ratio}
+        for form, work, batch, ratio in rows
+    ]
+    held = {"dense": 100, **{row[0]: 60 for row in rows}, **memory}
+    return {"memory": held, "speed": speed, "noise": noise, "notes": ["measured so"]}
 
-    memory = {"dense": 100, "f": 100}
-    said = list(verdicts(rows(1.0, 0.7), memory, []))
-    assert said[0] == "f: no speed-up here, 1.00 times the dense model's at best."
-    assert "no less memory" in said[1]
-    said = list(verdicts(rows(0.6, 1.5), {"dense": 100, "f": 60}, [{"format": "gptq", "bits_per_weight": 4.2}]))
-    assert said[0] == "f: 1.50 times at batch 16; no speed-up here at batch 1."
-    assert "gptq export were not run" in said[1]
+
+def said(**cards: dict) -> list[str]:
+    return list(sentences(cards))[1:]
+
+
+def test_no_speed_up_is_said_plainly():
+    none = said(run=card(("f", "prompts", 1, 1.0), ("f", "prompts", 16, 0.7), f=100))
+    assert none[0] == "f: no speed-up here, 1.00 times the dense model's speed at best."
+    assert none[1] == "f: no less memory than the dense model, 100\u00a0bytes of weights."
+    some = said(run=card(("f", "prompts", 1, 0.6), ("f", "prompts", 16, 1.5)))
+    assert some == ["f: 1.50 times the dense model's speed at batch 16; no speed-up here at batch 1."]
+    exported = [{"format": "gptq", "bits_per_weight": 4.2}]
+    assert "gptq export were not run" in next(deploy._not_run(["dense", "f"], exported))
+    assert not list(deploy._not_run(["dense", "2:4 + int4, sparsekit kernel"], exported))
+
+
+def test_several_arms_are_told_together_and_have_their_spread():
+    fast, unsure = (card(("f", "prompts", 1, 1.4), ("f", "prompts", 16, 0.9), noise=noise) for noise in (0.01, 0.5))
+    spread, gain = said(sure=fast, unsure=unsure)
+    assert "up to 50\u00a0% apart beside unsure, 1\u00a0% beside sure" in spread
+    assert gain == (
+        "f: 1.40 times the dense model's speed at batch 1 in 1 of 2 arms; no speed-up here at batch 16; other gains "
+        "lie within the spread of the dense model's times."
+    )
+
+
+def test_the_table_has_batches_side_by_side():
+    first = card(("f", "prompts", 1, 1.4), ("f", "decoding", 1, 0.5), ("f", "prompts", 16, 0.9))
+    other = card(("f", "prompts", 1, 1.2), noise=0.5)
+    other["speed"][0]["dense"] = 120.0
+    table = speed_table({"a": first, "b": other})
+    assert [column.title for column in table.columns] == ["arm", "batch 1", "batch 16", "weights in memory"]
+    assert [[cell.text.replace("\u00a0", " ") for cell in row] for row in table.rows] == [
+        ["dense", "100–120", "100", "100 bytes"],
+        ["dense, decoding", "100", "–", "100 bytes"],
+        ["f"],
+        ["a", "140 (1.40 ×)", "90 (0.90 ×)", "60 bytes"],
+        ["b", "120 (1.20 ×)", "–", "60 bytes"],
+        ["f, decoding"],
+        ["a", "50 (0.50 ×)", "–", "60 bytes"],
+    ]
+    assert (table.rows[3][1].tone, table.rows[4][1].tone) == ("good", "")
+    assert "| **f** |  |  |  |" in markdown_table(table)
+    alone = speed_table({"a": first})
+    assert [row[0].text for row in alone.rows] == ["dense", "dense, decoding", "f", "f, decoding"]
+    assert speed_table({}) is None
 
 
 def test_what_lies_within_the_noise_is_no_speed_up():
@@ -99,9 +145,12 @@ def test_what_lies_within_the_noise_is_no_speed_up():
     (row,) = figures.rows()
     assert (row["dense"], row["ratio"]) == (120.0, pytest.approx(110 / 120))
     assert figures.noise() == pytest.approx(0.2)
-    fast = [{"form": "f", "batch": 1, "ratio": 1.15}]
-    assert "no speed-up here" in next(verdicts(fast, {"dense": 100, "f": 60}, [], 0.2))
-    assert "1.15 times" in next(verdicts(fast, {"dense": 100, "f": 60}, [], 0.1))
+    spread, none = said(run=card(("f", "prompts", 1, 1.15), noise=0.2))
+    assert "up to 20\u00a0% apart; a smaller gain counts as none" in spread
+    assert none.endswith(
+        "no speed-up here, 1.15 times the dense model's speed at best, within the spread of its own times."
+    )
+    assert "f: 1.15 times the dense model's speed at batch 1." in said(run=card(("f", "prompts", 1, 1.15), noise=0.1))
 
 
 def test_a_run_without_its_steps_is_named(tmp_path, random_model):
@@ -114,12 +163,7 @@ def test_a_run_without_its_steps_is_named(tmp_path, random_model):
 
 def test_decoding_is_a_verdict_of_its_own():
     form = "2:4 + int4, sparsekit kernel"
-    rows = [
-        {"form": form, "work": work, "batch": 1, "ratio": ratio}
-        for work, ratio in (("prompts", 0.9), ("decoding", 2.5))
-    ]
-    said = list(verdicts(rows, {"dense": 100, form: 30}, [{"format": "gptq", "bits_per_weight": 4.2}]))
-    assert said == [
-        f"{form}: no speed-up here, 0.90 times the dense model's at best.",
-        f"{form}, decoding: 2.50 times at batch 1.",
+    assert said(run=card((form, "prompts", 1, 0.9), (form, "decoding", 1, 2.5))) == [
+        f"{form}: no speed-up here, 0.90 times the dense model's speed at best.",
+        f"{form}, decoding: 2.50 times the dense model's speed at batch 1.",
     ]

@@ -4,15 +4,15 @@ Bytes are those of the files, memory and speed are measured on this device with 
 no serving engine: prompts of some tokens at batch 1, 16 and 256, and nothing else. On CUDA the 2:4 linears
 are tried as torch's semi-structured tensors too, and integers from their packed form, where one token after
 another is measured as well. The dense model reads its prompts before and after the others and its faster
-time counts: how far the two lie apart is what a ratio here can be off by. Where nothing got faster than
-that, the card says so.
+time counts: how far the two lie apart is what a ratio here can be off by. What of it is a gain, the report says
+(reporting/speed.py).
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -24,18 +24,17 @@ from sparsekit.evaluation.decoding import STEPS, figure, packed_in_place, tokens
 from sparsekit.inference.load import bytes_of
 from sparsekit.models.chain import Chain
 from sparsekit.pattern import Pattern
-from sparsekit.reporting.numerals import megabytes
+from sparsekit.reporting.speed import DENSE, PROMPTS
 
 BATCHES = {"cuda": (1, 16, 256), "cpu": (1, 16)}  # 256 prompts take a CPU minutes and tell nothing new
 LENGTH = {"cuda": 128, "cpu": 32}  # tokens of a prompt
 SECONDS = {"cuda": 0.3, "cpu": 1.0}  # for one figure
 RUNS = 20  # at most, for one figure
-DENSE, PROMPTS, DECODING = "dense", "prompts", "decoding"
+DECODING = "decoding"
 NOTHING = {
     "torch semi-structured": "No linear could be a semi-structured tensor: none holds 2:4 in a fitting shape or type.",
     "packed": "No linear holds integers that sparsekit's kernel takes, so it was not tried.",
 }
-FASTER = 1.03  # a ratio below this is no speed-up worth the word
 
 Record = Mapping[str, Any]
 _Held = Callable[[Chain], AbstractContextManager[str | None]]  # yields another name for the form, or "" or None
@@ -52,7 +51,8 @@ def deploy_card(
         exports: As the report has them, for the bytes.
         progress: Called with (figures done, figures in all).
     Returns:
-        `bytes`, `memory`, `speed` (one row for each form and batch), `noise` and `notes`, plain sentences.
+        `bytes`, `memory`, `speed` (one row for each form, work and batch), `noise` and `notes`: how it was measured and
+        what was not tried, in plain sentences.
     """
     view, kind = final.view, final.view.device.type
     notes = [f"Speed: whole forwards of {LENGTH[kind]} tokens a prompt on {_device(view.device)}, no serving engine."]
@@ -78,10 +78,16 @@ def deploy_card(
                         found.measure(told or name, chain, forward, name)
     rows, noise = found.rows(), found.noise()
     files = {export["format"]: export["bytes"]["files"] for export in exports}
-    if noise > FASTER - 1:
-        notes.append(f"The dense model's own times lie up to {noise:.0%} apart, so smaller differences mean nothing.")
-    told_notes = [*notes, *found.notes, *verdicts(rows, found.memory, exports, noise)]
-    return {"bytes": files, "memory": found.memory, "speed": rows, "noise": noise, "notes": told_notes}
+    notes += [*found.notes, *_not_run(found.memory, exports)]
+    return {"bytes": files, "memory": found.memory, "speed": rows, "noise": noise, "notes": notes}
+
+
+def _not_run(forms: Iterable[str], exports: Sequence[Record]) -> Iterator[str]:
+    """That integers were exported and no form runs them."""
+    packed = [export["format"] for export in exports if export["bits_per_weight"] is not None]
+    if packed and not any("sparsekit" in name for name in forms):
+        listed = ", ".join(packed)
+        yield f"The integers of the {listed} export were not run; that takes an engine with kernels for them."
 
 
 class _Figures:
@@ -122,30 +128,6 @@ class _Figures:
     def noise(self) -> float:
         """How far figures of the same thing lie apart at most, as a share."""
         return max((max(speeds) / min(speeds) - 1 for speeds in self._speeds.values()), default=0.0)
-
-
-def verdicts(
-    rows: Sequence[Record], memory: Mapping[str, int], exports: Sequence[Record], noise: float = 0.0
-) -> Iterator[str]:
-    """What was gained and what was not, in plain sentences; a ratio within the noise is no gain."""
-    for name, work in dict.fromkeys((row["form"], row.get("work", PROMPTS)) for row in rows):
-        own = [row for row in rows if (row["form"], row.get("work", PROMPTS)) == (name, work)]
-        label = name if work == PROMPTS else f"{name}, {work}"
-        faster = [row for row in own if row["ratio"] >= max(FASTER, 1 + noise)]
-        if not faster:
-            best = max(row["ratio"] for row in own)
-            yield f"{label}: no speed-up here, {best:.2f} times the dense model's at best."
-        else:
-            told = ", ".join(f"{row['ratio']:.2f} times at batch {row['batch']}" for row in faster)
-            slow = [str(row["batch"]) for row in own if row not in faster]
-            rest = f"; no speed-up here at batch {', '.join(slow)}" if slow else ""
-            yield f"{label}: {told}{rest}."
-        if work == PROMPTS and name in memory and memory[name] >= memory["dense"]:
-            yield f"{name}: no less memory than the dense model, {megabytes(memory[name])} of weights."
-    packed = [export["format"] for export in exports if export["bits_per_weight"] is not None]
-    if packed and not any("sparsekit" in name for name in memory):
-        listed = ", ".join(packed)
-        yield f"The integers of the {listed} export were not run; that takes an engine with kernels for them."
 
 
 @contextmanager

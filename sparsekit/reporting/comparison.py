@@ -36,13 +36,18 @@ def comparison_of(name: str, reports: Mapping[str, Record], notes: Sequence[str]
         "name": name,
         "model": first["model"],
         "environment": first["environment"],
-        "basis": first["basis"],
+        "basis": _common([report["basis"] for report in reports.values()]),
         "coverage": first["coverage"],
         "notes": [*notes, *first["notes"]],
         "dense": dense,
         "best": best,
         "arms": arms,
     }
+
+
+def _common(bases: Sequence[Record]) -> dict[str, Any]:
+    """What the arms agree on; a text that some of them do not read is that of the others."""
+    return {key: next((one[key] for one in bases if one[key] is not None), None) for key in bases[0]}
 
 
 def _level(arm: Record, text: str) -> float:

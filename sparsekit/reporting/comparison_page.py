@@ -17,14 +17,15 @@ from sparsekit.reporting.comparison_tables import cost_table, measures_table, qu
 from sparsekit.reporting.findings import protocols
 from sparsekit.reporting.numerals import change, megabytes, perplexity
 from sparsekit.reporting.report import environment, finite, markdown_list, markdown_table, plain
+from sparsekit.reporting.speed import sentences, speed_table
 from sparsekit.reporting.svg import Axes, Point, Series, line_chart, scatter_chart
-from sparsekit.reporting.tables import deploy_table, metrics, pair_table
+from sparsekit.reporting.tables import metrics, pair_table
 
 Record = Mapping[str, Any]
 
 PLAIN = (
-    "Intervals are 95 % and paired: they are over the differences of the losses window by window, by Student's t.",
-    "A change whose interval holds 0 is written quietly: these windows do not tell the two models apart.",
+    "Intervals are of 95 % and paired: by Student's t over the differences of two models' losses, window by window.",
+    "A change whose interval holds 0 is grey on the page: these windows do not tell the two models apart.",
     "KL is that of the dense model's predictions to the arm's, mean nats per token; top-1 the share of tokens where "
     "both put the same token first.",
 )
@@ -58,6 +59,7 @@ def view(comparison: Record) -> dict[str, Any]:
     """Everything the page shows, worked out."""
     dense, arms = comparison["dense"], comparison["arms"]
     deployed = {arm["name"]: arm["deploy"] for arm in arms if arm.get("deploy")}
+    basis = {key: value for key, value in comparison["basis"].items() if value not in (None, {})}
     about = {**comparison["environment"], "model": comparison["model"]["path"], "digest": comparison["model"]["digest"]}
     return {
         "name": comparison["name"],
@@ -71,22 +73,15 @@ def view(comparison: Record) -> dict[str, Any]:
         "tasks": tasks_table(comparison),
         "measures": measures_table(comparison),
         "tests": TESTS,
-        "deploy": deploy_table(deployed),
-        "deploy_notes": list(_verdicts(deployed)),
+        "deploy": speed_table(deployed),
+        "deploy_notes": list(sentences(deployed)),
         "maps": list(error_maps(arms)),
         "curves": list(training_charts(arms)),
         "missed": [f"{arm['name']}: {gate['text']}" for arm in arms for gate in arm["gates"] if not gate["passed"]],
         "notes": [*comparison["notes"], *(f"{arm['name']}: {note}" for arm in arms for note in arm["notes"])],
         "environment": pair_table("Environment", about),
-        "basis": pair_table("What all arms have in common", comparison["basis"]),
+        "basis": pair_table("What all arms have in common", basis),
     }
-
-
-def _verdicts(cards: Mapping[str, Record]) -> Iterator[str]:
-    """What the cards say; a sentence that all of them have once, the others with the arm's name."""
-    for note in dict.fromkeys(note for card in cards.values() for note in card["notes"]):
-        names = [name for name, card in cards.items() if note in card["notes"]]
-        yield note if len(names) == len(cards) else f"{', '.join(names)}: {note}"
 
 
 def lead(comparison: Record) -> str:
@@ -97,12 +92,15 @@ def lead(comparison: Record) -> str:
         base = comparison["dense"]["perplexity"][text]["perplexity"]
         if level is not None and base is not None:
             rise = change(level / base - 1)
-            parts.append(f"Lowest perplexity on {text}: {name} with {perplexity(level)} ({rise} over dense).")
+            parts.append(f"Lowest perplexity on {text}: {name} with {perplexity(level)} ({rise} against dense).")
     sized = [arm for arm in arms if arm["bytes"]]
     if sized:
         small = min(sized, key=lambda arm: (arm["bytes"], *_levels(arm)))  # of equal ones the best
         ratio = comparison["dense"]["bytes"] / small["bytes"]
-        parts.append(f"Smallest: {small['name']} with {megabytes(small['bytes'])}, {ratio:.2f} times less than dense.")
+        alike = sum(arm["bytes"] == small["bytes"] for arm in sized)
+        rank = f", the best of {alike} of this size" if alike > 1 else ""
+        told = f"{megabytes(small['bytes'])}, {ratio:.2f} times smaller than dense"
+        parts.append(f"Smallest: {small['name']} with {told}{rank}.")
     broken = sum(arm["violations"] for arm in arms)
     parts.append(f"{broken:,} broken N:M groups in {len(arms)} arms.")
     return " ".join(parts)

@@ -19,11 +19,12 @@ from sparsekit.files import read_json, write_json, write_text
 from sparsekit.reporting.charts import curve_charts, error_map
 from sparsekit.reporting.findings import headline, memory_notes, no_gains, numerics_notes, protocols
 from sparsekit.reporting.numerals import JOINED
+from sparsekit.reporting.speed import sentences, speed_table
 from sparsekit.reporting.tables import (
+    Cell,
     Table,
     bytes_table,
     coverage_table,
-    deploy_table,
     engine_table,
     gate_table,
     layer_table,
@@ -110,6 +111,7 @@ def html(report: Record) -> str:
 def view(report: Record) -> dict[str, Any]:
     """Everything the page shows, worked out."""
     exports, gates = report["exports"], report["gates"]
+    cards = {report["name"]: report["deploy"]} if report.get("deploy") else {}
     return {
         "name": report["name"],
         "model": report["model"],
@@ -121,9 +123,9 @@ def view(report: Record) -> dict[str, Any]:
         "perplexity_table": perplexity_table(report) if report["dense"] else None,
         "agreement": any((final or {}).get("agreement") for final in report["final"].values()),
         "protocols": protocols(report),
-        "no_gains": list(no_gains(report)),
+        "no_gains": [*no_gains(report), *sentences(cards)],
         "bytes_table": bytes_table(exports) if exports else None,
-        "deploy_table": deploy_table({report["name"]: report["deploy"]}) if report.get("deploy") else None,
+        "speed_table": speed_table(cards),
         "exports": [{"engines": engine_table(export), **_export(export)} for export in exports],
         "coverage_table": coverage_table(report["coverage"]),
         "coverage_share": report["coverage"]["share"],
@@ -174,7 +176,7 @@ def markdown(report: Record) -> str:
         seen["steps_table"],
         seen["perplexity_table"],
         seen["bytes_table"],
-        seen["deploy_table"],
+        seen["speed_table"],
         *(export["engines"] for export in seen["exports"]),
         seen["coverage_table"],
         seen["task_table"],
@@ -194,9 +196,15 @@ def markdown_table(table: Table) -> str:
     """A table under its caption."""
     heads = [plain(column.title) for column in table.columns]
     rules = ["---:" if column.number else "---" for column in table.columns]
-    rows = [[plain(cell.text) for cell in row] for row in table.rows]
+    rows = [_markdown_row(row, len(heads)) for row in table.rows]
     lines = ["| " + " | ".join(row) + " |" for row in [heads, rules, *rows]]
     return "\n".join([f"## {plain(table.caption)}", "", *lines])
+
+
+def _markdown_row(row: Sequence[Cell], columns: int) -> list[str]:
+    """A row, or one cell that heads the rows below it."""
+    cells = [plain(cell.text) for cell in row]
+    return cells if len(cells) == columns else [f"**{cells[0]}**", *[""] * (columns - 1)]
 
 
 def markdown_list(title: str, lines: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under headings; `wraps` lets long sentences break."""
+    """Rows under headings, a row of one cell heads those below it; `wraps` lets long sentences break."""
 
     caption: str
     columns: Sequence[Column]
@@ -251,31 +251,6 @@ def layer_table(step: Record) -> Table:
         for layer in step["layers"]
     ]
     return Table(f"Layers of step {step['index'] + 1}, {step['method']}", columns, rows)
-
-
-def deploy_table(cards: Mapping[str, Record]) -> Table | None:
-    """Measured speed beside the dense model's, by name of the run; None when nothing was measured."""
-    rows = [
-        [
-            Cell(name),
-            Cell(row["form"]),
-            Cell(row.get("work", "prompts")),
-            Cell(str(row["batch"])),
-            Cell(f"{row['dense']:,.0f}"),
-            Cell(f"{row['tokens_per_second']:,.0f}"),
-            Cell(f"{row['ratio']:.2f}", str(row["ratio"])),
-            size(card["memory"]["dense"]),
-            size(card["memory"][row["form"]]),
-        ]
-        for name, card in cards.items()
-        for row in card["speed"]
-    ]
-    titles = ("batch", "dense, tokens/s", "tokens/s", "ratio", "dense weights in memory", "weights in memory")
-    return (
-        Table("Speed on this device", [Column("run"), Column("form"), Column("work"), *numbers(*titles)], rows)
-        if rows
-        else None
-    )
 
 
 def pair_table(caption: str, pairs: Mapping[str, Any]) -> Table:

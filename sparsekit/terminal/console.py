@@ -20,6 +20,7 @@ from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.reporting.numerals import duration as duration
 from sparsekit.reporting.numerals import megabytes
+from sparsekit.reporting.speed import sentences
 from sparsekit.shelf import Named, Shelf
 from sparsekit.testing import Outcome
 
@@ -96,7 +97,7 @@ class Terminal:
         self._stop()
         self._console.print()
         self._console.print(closing_table(report))
-        for line in (report.get("deploy") or {}).get("notes", ()):
+        for line in sentences({report["name"]: report["deploy"]} if report.get("deploy") else {}):
             self._console.print(f"  {line}", highlight=False)
         for export in report["exports"]:
             for line in export_lines(export):
