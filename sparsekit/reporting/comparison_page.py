@@ -169,7 +169,7 @@ def training_charts(arms: Sequence[Record]) -> Iterator[tuple[str, Markup]]:
                 trained.setdefault(step["fingerprint"], (arm["name"], step))
     charts = (
         ("Mask entries that flip at an update", "share of all entries", "flip_rate"),
-        ("Mask entries away from the first mask", "share of all entries", "initial_flip_rate"),
+        ("Mask entries that differ from the first mask", "share of all entries", "initial_flip_rate"),
         ("Held-out perplexity while training", "perplexity", "valid_perplexity"),
     )
     for title, unit, key in charts:

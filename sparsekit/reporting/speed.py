@@ -12,7 +12,7 @@ Record = Mapping[str, Any]
 Cards = Mapping[str, Record]  # deploy cards by name of the run
 
 DENSE, PROMPTS = "dense", "prompts"
-CAPTION = "Tokens a second of prompts, or of decoding where it is named (and times the dense model's)"
+CAPTION = "Tokens a second (and times the dense model's)"
 FASTER = 1.03  # a ratio below this is no speed-up worth the word
 
 
