@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import sparsekit.evaluation.deploy
 from sparsekit.cli import main
 from sparsekit.evaluation import deploy
+from sparsekit.evaluation.decoding import figure
 from sparsekit.reporting.report import markdown_table
 from sparsekit.reporting.speed import sentences, speed_table
 
@@ -81,14 +82,11 @@ def test_compare_measures_every_arm(tmp_path, random_model):
     assert "Speed was not measured" not in page
 
 
-def card(*rows: tuple[str, str, int, float], noise: float = 0.0, **memory: int) -> dict:
+def card(*rows: tuple[str, str, int, float], apart: float = 0.0, **memory: int) -> dict:
     """A card of (form, work, batch, ratio) beside a dense model of 100 tokens a second and 100 bytes."""
-    speed = [
-        {"form": form, "work": work, "batch": batch, "dense": 100.0, "tokens_per_second": 100 * ratio, "ratio": ratio}
-        for form, work, batch, ratio in rows
-    ]
+    speed = [figure(form, batch, (100.0, 100 / (1 + apart)), 100 * ratio, work) for form, work, batch, ratio in rows]
     held = {"dense": 100, **{row[0]: 60 for row in rows}, **memory}
-    return {"memory": held, "speed": speed, "noise": noise, "notes": ["measured so"]}
+    return {"memory": held, "speed": speed, "notes": ["measured so"]}
 
 
 def said(**cards: dict) -> list[str]:
@@ -107,9 +105,9 @@ def test_no_speed_up_is_said_plainly():
 
 
 def test_several_arms_are_told_together_and_have_their_spread():
-    fast, unsure = (card(("f", "prompts", 1, 1.4), ("f", "prompts", 16, 0.9), noise=noise) for noise in (0.01, 0.5))
+    fast, unsure = (card(("f", "prompts", 1, 1.4), ("f", "prompts", 16, 0.9), apart=apart) for apart in (0.01, 0.5))
     spread, gain = said(sure=fast, unsure=unsure)
-    assert "up to 50\u00a0% apart beside unsure, 1\u00a0% beside sure" in spread
+    assert "up to 50\u00a0% apart, prompts at batch 1 beside unsure; a gain" in spread
     assert gain == (
         "f: 1.40 times the dense model's speed at batch 1 in 1 of 2 arms; no speed-up here at batch 16; other gains "
         "lie within the spread of the dense model's times."
@@ -118,7 +116,7 @@ def test_several_arms_are_told_together_and_have_their_spread():
 
 def test_the_table_has_batches_side_by_side():
     first = card(("f", "prompts", 1, 1.4), ("f", "decoding", 1, 0.5), ("f", "prompts", 16, 0.9))
-    other = card(("f", "prompts", 1, 1.2), noise=0.5)
+    other = card(("f", "prompts", 1, 1.2), apart=0.5)
     other["speed"][0]["dense"] = 120.0
     table = speed_table({"a": first, "b": other})
     assert [column.title for column in table.columns] == ["arm", "batch 1", "batch 16", "weights in memory"]
@@ -144,13 +142,21 @@ def test_what_lies_within_the_noise_is_no_speed_up():
         figures._add(form, deploy.PROMPTS, 1, speed)
     (row,) = figures.rows()
     assert (row["dense"], row["ratio"]) == (120.0, pytest.approx(110 / 120))
-    assert figures.noise() == pytest.approx(0.2)
-    spread, none = said(run=card(("f", "prompts", 1, 1.15), noise=0.2))
-    assert "up to 20\u00a0% apart; a smaller gain counts as none" in spread
+    assert row["apart"] == pytest.approx(0.2)
+    spread, none = said(run=card(("f", "prompts", 1, 1.15), apart=0.2))
+    assert "up to 20\u00a0% apart, prompts at batch 1; a gain that is smaller" in spread
     assert none.endswith(
         "no speed-up here, 1.15 times the dense model's speed at best, within the spread of its own times."
     )
-    assert "f: 1.15 times the dense model's speed at batch 1." in said(run=card(("f", "prompts", 1, 1.15), noise=0.1))
+    assert "f: 1.15 times the dense model's speed at batch 1." in said(run=card(("f", "prompts", 1, 1.15), apart=0.1))
+
+
+def test_a_gain_is_held_against_the_spread_of_its_own_work_and_batch():
+    both = card(("f", "prompts", 1, 1.15), apart=0.3)
+    both["speed"] += card(("f", "decoding", 1, 1.4), apart=0.01)["speed"]
+    assert [line.partition(":")[0] for line in said(run=both) if "1.40 times" in line] == ["f, decoding"]
+    older = {**both, "noise": 0.5, "speed": [{k: v for k, v in row.items() if k != "apart"} for row in both["speed"]]}
+    assert not any("1.40 times the dense model's speed at batch" in line for line in said(run=older))
 
 
 def test_a_run_without_its_steps_is_named(tmp_path, random_model):

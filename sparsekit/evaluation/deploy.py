@@ -51,8 +51,8 @@ def deploy_card(
         exports: As the report has them, for the bytes.
         progress: Called with (figures done, figures in all).
     Returns:
-        `bytes`, `memory`, `speed` (one row for each form, work and batch), `noise` and `notes`: how it was measured and
-        what was not tried, in plain sentences.
+        `bytes`, `memory`, `speed` (one row for each form, work and batch) and `notes`: how it was measured and what was
+        not tried, in plain sentences.
     """
     view, kind = final.view, final.view.device.type
     notes = [f"Speed: whole forwards of {LENGTH[kind]} tokens a prompt on {_device(view.device)}, no serving engine."]
@@ -76,10 +76,9 @@ def deploy_card(
                         notes.append(NOTHING[name])
                     else:
                         found.measure(told or name, chain, forward, name)
-    rows, noise = found.rows(), found.noise()
     files = {export["format"]: export["bytes"]["files"] for export in exports}
     notes += [*found.notes, *_not_run(found.memory, exports)]
-    return {"bytes": files, "memory": found.memory, "speed": rows, "noise": noise, "notes": notes}
+    return {"bytes": files, "memory": found.memory, "speed": found.rows(), "notes": notes}
 
 
 def _not_run(forms: Iterable[str], exports: Sequence[Record]) -> Iterator[str]:
@@ -100,16 +99,16 @@ class _Figures:
         self._done, self._total, self._progress = 0, total, progress
 
     def measure(self, form: str, chain: Chain, forward: Callable[[Tensor], Tensor], name: str) -> None:
-        """Measure one form at every batch; `name` is what it is a form of. A second time it only reads prompts."""
+        """Measure one form at every batch; `name` is what it is a form of."""
         view, again = chain.view, form in self.memory
         kind = view.device.type
         self.memory[form] = bytes_of(view.module) if name == "packed" else _resident(view.module)
         for batch in BATCHES[kind]:
             self._add(form, PROMPTS, batch, _tokens_per_second(forward, batch, view))
-            if kind == "cuda" and name in (DENSE, "packed") and not again:
+            if kind == "cuda" and name in (DENSE, "packed"):
                 speed, eager = tokens_per_second(chain, batch, LENGTH[kind])
                 self._add(form, DECODING, batch, speed)
-                if eager and batch == 1:
+                if eager and batch == 1 and not again:
                     self.notes.append(f"{form}: decoded operation by operation, {eager}.")
             self._done += 1
             self._progress(self._done, self._total)
@@ -120,14 +119,10 @@ class _Figures:
     def rows(self) -> list[dict[str, Any]]:
         """Every form beside the dense model."""
         return [
-            figure(form, batch, max(self._speeds[DENSE, work, batch]), max(speeds), work)
+            figure(form, batch, self._speeds[DENSE, work, batch], max(speeds), work)
             for (form, work, batch), speeds in self._speeds.items()
             if form != DENSE
         ]
-
-    def noise(self) -> float:
-        """How far figures of the same thing lie apart at most, as a share."""
-        return max((max(speeds) / min(speeds) - 1 for speeds in self._speeds.values()), default=0.0)
 
 
 @contextmanager
