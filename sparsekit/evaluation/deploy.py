@@ -3,7 +3,7 @@
 Bytes are those of the files, memory and speed are measured on this device with the model's own forward,
 no serving engine: prompts of some tokens at batch 1, 16 and 256, and nothing else. On CUDA the 2:4 linears
 are tried as torch's semi-structured tensors too, and integers from their packed form, where one token after
-another is measured as well. The dense model reads its prompts before and after the others and its faster
+another is measured as well. The dense model is measured before and after the others and its faster
 time counts: how far the two lie apart is what a ratio here can be off by. What of it is a gain, the report says
 (reporting/speed.py).
 """

@@ -30,8 +30,8 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.formats import streams
 from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale, permuted
-from sparsekit.formats.fours import PAIRS, crowded, mask_of, pattern_of, places_of, quads, spread
-from sparsekit.formats.reading import assembled, check_shape, groups_of, one_of, whole
+from sparsekit.formats.fours import PLACES, crowded, mask_of, pattern_of, places_of, places_with, quads, spread
+from sparsekit.formats.reading import assembled, check_shape, groups_of, versioned
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.shelf import Origin
@@ -40,7 +40,6 @@ from sparsekit.state import LinearState
 VERSION = 1
 BITS = tuple(range(2, 9))
 ALL, TWO = 4, 2  # inputs of every four whose codes are stored
-PLACES = torch.tensor([first | second << 2 for first, second in PAIRS], dtype=torch.int32)
 
 
 class Coded:
@@ -124,9 +123,7 @@ class Coded:
 
     def setting(self, config: Mapping[str, Any]) -> Setting:
         """Of this version of sparsekit."""
-        version, bits = one_of(config, "version", (VERSION,)), one_of(config, "bits", BITS)
-        symmetric, act_order = (one_of(config, key, (True, False)) for key in ("symmetric", "act_order"))
-        return Setting(bits, whole(config, "group_size"), symmetric, act_order, f"v{version}")
+        return versioned(config, VERSION, BITS)
 
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """That it is ours alone, and for what."""
@@ -187,7 +184,7 @@ def _places(found: Mapping[str, Tensor]) -> Tensor | None:
     (patterns,) = _read(found, "patterns")
     if (largest := int(patterns.max())) >= len(PLACES):
         raise CheckpointError(f"patterns holds {largest}; two of four lie in {len(PLACES)} ways, 0..5")
-    return PLACES.to(patterns.device)[patterns.int()]
+    return places_with(patterns)
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

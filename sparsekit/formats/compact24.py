@@ -40,13 +40,14 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, inexact_scale
 from sparsekit.formats.fours import (
-    PAIRS,
+    PLACES,
     counts,
     crowded,
     grid_tensors,
     mask_of,
     pattern_of,
     places_of,
+    places_with,
     quads,
     read_grid,
     spread,
@@ -210,8 +211,7 @@ def _threes(places: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _table() -> Tensor:
     """The places of the three groups of a byte, int32 [216, 3]."""
-    places = [first | second << 2 for first, second in PAIRS]
-    rows = [[places[byte // 6**group % 6] for group in range(3)] for byte in range(216)]
+    rows = [[PLACES[byte // 6**group % 6] for group in range(3)] for byte in range(216)]
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -250,8 +250,7 @@ def _sixes(found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         raise CheckpointError(f"values has shape {[out, held]}: no multiple of {UNIT} inputs takes {held} bytes a row")
     if bool((values >= 216).any()):
         raise CheckpointError(f"values holds {int(values.max())}; a group of 4 with six levels has 216 states, 0..215")
-    places = _table()[:, 0].to(values.device).index_select(0, values.flatten().int())
-    return places.reshape(values.shape), (values // 6 % 6 + 1).int(), (values // 36 + 1).int()
+    return places_with(values % 6), (values // 6 % 6 + 1).int(), (values // 36 + 1).int()
 
 
 def _engines(setting: Setting | None) -> list[EngineNote]:

@@ -19,6 +19,7 @@ from sparsekit.quant import QuantizedWeight
 
 EACH = 0x01010101  # 1 in every byte
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # the ways two of four can lie, in the order of patterns
+PLACES = tuple(first | second << 2 for first, second in PAIRS)
 
 
 def quads(values: Tensor) -> Tensor:
@@ -80,6 +81,11 @@ def pattern_of(places: Tensor) -> Tensor:
     """The index in PAIRS of the two places of every group: int32 [out, in/4] to uint8 [out, in/4]."""
     first, second = places & 3, places >> 2
     return (first + second - 1 + (first > 0)).to(torch.uint8)
+
+
+def places_with(pattern: Tensor) -> Tensor:
+    """Inverse of `pattern_of`."""
+    return torch.tensor(PLACES, dtype=torch.int32, device=pattern.device)[pattern.int()]
 
 
 def mask_of(places: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import OutOfMemoryError, Tensor
 
 from sparsekit.errors import CheckpointError, PluginError, SparsekitError
 from sparsekit.formats.base import Setting, grid_header
-from sparsekit.formats.reading import one_of, whole
+from sparsekit.formats.reading import versioned
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.interchange.sizes import ExportBytes
 from sparsekit.pluginfile import named_failures
@@ -118,9 +118,7 @@ class Own:
 
     def setting(self, config: Mapping[str, Any]) -> Setting:
         """Of this version of sparsekit."""
-        version, bits = one_of(config, "version", (VERSION,)), one_of(config, "bits", BITS)
-        symmetric, act_order = (one_of(config, key, (True, False)) for key in ("symmetric", "act_order"))
-        return Setting(bits, whole(config, "group_size"), symmetric, act_order, f"v{version}")
+        return versioned(config, VERSION, BITS)
 
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """Who reads it."""

@@ -116,3 +116,19 @@ def whole(config: Mapping[str, Any], key: str, default: Any = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise CheckpointError(f"quantization_config: {key} is {value!r}, expected an integer")
     return value
+
+
+def versioned(config: Mapping[str, Any], version: int, bits: Sequence[int]) -> Setting:
+    """A setting that a header tells by the version of its format, bits and the grid.
+
+    Args:
+        config: The header.
+        version: That is read.
+        bits: Of a code, that the format has.
+    Raises:
+        CheckpointError: Something else than the format has.
+    """
+    one_of(config, "version", (version,))
+    code = one_of(config, "bits", bits)
+    symmetric, act_order = (one_of(config, key, (True, False)) for key in ("symmetric", "act_order"))
+    return Setting(code, whole(config, "group_size"), symmetric, act_order, f"v{version}")

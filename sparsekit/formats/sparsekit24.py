@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsekit.errors import CheckpointError
 from sparsekit.formats.base import Format, Setting, grid_header, inexact_scale
 from sparsekit.formats.fours import crowded, grid_tensors, mask_of, places_of, quads, read_grid, spread
-from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, whole
+from sparsekit.formats.reading import assembled, check_shape, one_of, tensor, versioned
 from sparsekit.interchange.engines import EngineNote
 from sparsekit.quant import QuantizedWeight
 from sparsekit.shelf import Origin
@@ -104,11 +104,9 @@ class Sparse24:
 
     def setting(self, config: Mapping[str, Any]) -> Setting:
         """Of this version of sparsekit."""
-        version = one_of(config, "version", (VERSION,))
+        setting = versioned(config, VERSION, self.bits)
         one_of(config, "pattern", ("2:4",))
-        symmetric, act_order = (one_of(config, key, (True, False)) for key in ("symmetric", "act_order"))
-        size = whole(config, "group_size")
-        return Setting(one_of(config, "bits", (4,)), size, symmetric, act_order, f"v{version}")
+        return setting
 
     def notes(self, setting: Setting, sparse: bool) -> Iterator[str]:
         """That it is ours alone."""

@@ -9,6 +9,7 @@ from sparsekit.formats import FORMATS
 from sparsekit.recipe.entries import TextEntry
 from sparsekit.recipe.schema import Recipe
 from sparsekit.recipe.yamllines import Keys
+from sparsekit.training.schedule import undivided
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
@@ -83,12 +84,8 @@ def _wrong_batches(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         batch, micro, tokens = (step.values.get(key) for key in ("batch", "micro_batch", "tokens"))
         if step.method.scope != "model" or not isinstance(batch, int):
             continue
-        share, rest = divmod(batch, step.gpus)
-        if rest:
-            yield ("steps", index, "gpus"), f"batch {batch} does not divide among {step.gpus} processes"
-        elif isinstance(micro, int) and share % micro:
-            of = f"batch {batch}" if step.gpus == 1 else f"the {share} windows that each of {step.gpus} processes gets"
-            yield ("steps", index, "micro_batch"), f"micro_batch {micro} does not divide {of}"
+        if wrong := undivided(batch, micro if isinstance(micro, int) else None, step.gpus):
+            yield ("steps", index, wrong[0]), wrong[1]
         if data is not None and isinstance(tokens, int) and tokens < batch * data.seq_len:
             a_step = f"{batch} x {data.seq_len} = {batch * data.seq_len:,}"
             yield ("steps", index, "tokens"), f"tokens {tokens:,} is less than one step of {a_step}"

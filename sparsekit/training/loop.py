@@ -25,7 +25,7 @@ from sparsekit.training.blocks import block_outputs, compiled, recomputed, squar
 from sparsekit.training.distill import Objective, chunked_loss, headless, loss_reference, next_token_targets, plain_head
 from sparsekit.training.job import Policy, Trained, TrainJob
 from sparsekit.training.optim import SparseAdamW, Step, clip_factor
-from sparsekit.training.schedule import Schedule, steps_in, windows_of
+from sparsekit.training.schedule import Schedule, steps_in, undivided, windows_of
 from sparsekit.training.snapshots import Snapshots
 
 __all__ = ["Fit", "Policy", "TrainJob", "Trained", "mean_loss"]
@@ -119,12 +119,8 @@ class Fit:
         }
 
     def _check_batch(self) -> None:
-        batch, size = self.schedule.batch, self.job.world.size
-        if batch % size:
-            raise MethodError(f"batch {batch} does not divide among {size} processes")
-        if batch // size % self.micro_batch:
-            of = f"batch {batch}" if size == 1 else f"the {batch // size} windows that each of {size} processes gets"
-            raise MethodError(f"micro_batch {self.micro_batch} does not divide {of}")
+        if wrong := undivided(self.schedule.batch, self.micro_batch, self.job.world.size):
+            raise MethodError(wrong[1])
 
     def _plain_heads(self) -> tuple[nn.Linear, nn.Linear] | None:
         few = self.job.tokens[:1, :32].long().to(self.job.device)

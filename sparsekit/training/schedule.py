@@ -16,6 +16,17 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to fill the unit
 SPARE = 0.05  # of the minutes of a budget: validation, checkpoints and the log are in no measured step
 
 
+def undivided(batch: int, micro_batch: int | None, processes: int) -> tuple[str, str] | None:
+    """Which setting keeps a step's windows from dividing among processes and forwards, and why; None if they divide."""
+    if batch % processes:
+        return "gpus", f"batch {batch} does not divide among {processes} processes"
+    share = batch // processes
+    if micro_batch is None or share % micro_batch == 0:
+        return None
+    of = f"batch {batch}" if processes == 1 else f"the {share} windows that each of {processes} processes gets"
+    return "micro_batch", f"micro_batch {micro_batch} does not divide {of}"
+
+
 class Budget(BaseModel):
     """How long a run may take, in place of a number of tokens."""
 
