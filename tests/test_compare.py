@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from sparsekit.cli import main
 from sparsekit.errors import RecipeError
 from sparsekit.recipe.variants import read_arms
 from sparsekit.reporting.comparison import comparison_of
 from sparsekit.reporting.comparison_page import html, markdown, rows
+from sparsekit.terminal.compare import ComparisonTerminal
 
 BASE = """\
 name: {name}
@@ -113,6 +115,24 @@ def test_page_stands_alone_and_shows_the_dense_row(compared):
     assert page.count("<svg") == 1 + 3 + 4  # the Pareto plot, training curves, a map for each different step
     assert page.index(">dense<") < page.index(">wanda<")
     assert "Speed was not measured" in page
+
+
+def test_what_arms_have_in_common_is_told_line_by_line(compared):
+    told = (compared / "comparison.md").read_text().partition("## What all arms have in common")[2]
+    common = told.partition("## Environment")[0]
+    assert "| perplexity heldout |" in common
+    assert "{" not in common
+
+
+def test_the_terminal_shows_zero_shot_tasks_too(compared):
+    data = json.loads((compared / "comparison.json").read_text())
+    found = {"acc": 0.5, "acc_stderr": 0.1, "documents": {"n": 20, "truncated": 0, "correct": {}}}
+    for model in (data["dense"], *data["arms"]):
+        model["tasks"] = {"piqa": found}
+    with (console := Console(width=100)).capture() as capture:
+        ComparisonTerminal(console).compared(data, {})
+    assert "Zero-shot tasks" in capture.get()
+    assert "0.500 ± 0.100" in capture.get()
 
 
 def test_csv_has_a_row_for_each_arm_and_markdown_the_tables(compared):

@@ -59,6 +59,7 @@ def test_report_adds_the_card(tmp_path, random_model):
     page = (directory / "report.html").read_text()
     assert "no less memory than the dense model" in page
     assert "semi-structured tensors need CUDA" in page
+    assert "Batch 256 was left out" in page
     assert "kernel for packed integers needs CUDA" in page
     assert "Serving speed was not measured" not in page
     assert "zeros in place" in output

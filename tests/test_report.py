@@ -137,6 +137,14 @@ def test_everything_is_escaped():
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 10 for row in rows)  # no name adds a column
 
 
+def test_backticks_are_code_on_the_page():
+    report = make_report()
+    report["steps"][1]["source"] = "Alg. 1; `act_order` from <b>IST-DASLab</b>"
+    page = html(report)
+    assert "<code>act_order</code> from &lt;b&gt;" in page
+    assert "`act_order`" in markdown({**report, "notes": [report["steps"][1]["source"]]}).replace("\\", "")
+
+
 def test_markdown_holds_the_same_numbers():
     written = markdown(make_report())
     assert written.startswith("# ast-gptq4-base\n")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
@@ -100,6 +101,17 @@ def test_labels_of_near_points_stand_apart():
     placed = {element.text: element.attrib for element in root.iter(f"{SVG}text")}
     first, second = placed["gptq"], placed["ast + gptq"]
     assert float(first["y"]) - float(second["y"]) >= 11  # the lower point has the lower label
+
+
+def test_no_label_lies_on_another_where_many_points_have_one_place():
+    held = [Point(4.5, 100 + 3 * index, label=f"sparsegpt-gptq{index}") for index in range(12)]
+    axes = Axes("t", "x", "y", log_x=True, log_y=True, width=480, height=350)
+    root = parse(scatter_chart([Series("a", [*held, Point(8, 50, label="dense")])], axes))
+    named = [each for each in root.iter(f"{SVG}text") if (each.text or "").startswith("sparsegpt")]
+    places = [(each.attrib["text-anchor"], float(each.attrib["y"])) for each in named]
+    apart = [abs(one[1] - two[1]) for one, two in combinations(places, 2) if one[0] == two[0]]
+    assert min(apart) >= 11
+    assert all(0 < y < 350 for _, y in places)
 
 
 @pytest.mark.parametrize("columns", [1, 12, 28, 48, 126])

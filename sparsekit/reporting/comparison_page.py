@@ -59,7 +59,6 @@ def view(comparison: Record) -> dict[str, Any]:
     """Everything the page shows, worked out."""
     dense, arms = comparison["dense"], comparison["arms"]
     deployed = {arm["name"]: arm["deploy"] for arm in arms if arm.get("deploy")}
-    basis = {key: value for key, value in comparison["basis"].items() if value not in (None, {})}
     about = {**comparison["environment"], "model": comparison["model"]["path"], "digest": comparison["model"]["digest"]}
     return {
         "name": comparison["name"],
@@ -80,8 +79,17 @@ def view(comparison: Record) -> dict[str, Any]:
         "missed": [f"{arm['name']}: {gate['text']}" for arm in arms for gate in arm["gates"] if not gate["passed"]],
         "notes": [*comparison["notes"], *(f"{arm['name']}: {note}" for arm in arms for note in arm["notes"])],
         "environment": pair_table("Environment", about),
-        "basis": pair_table("What all arms have in common", basis),
+        "basis": pair_table("What all arms have in common", dict(common(comparison["basis"]))),
     }
+
+
+def common(basis: Record) -> Iterator[tuple[str, Any]]:
+    """What all arms have in common, line by line: `perplexity heldout`, its digest; nothing that is not set."""
+    for key, value in basis.items():
+        if isinstance(value, Mapping):
+            yield from common({f"{key} {name}": part for name, part in value.items()})
+        elif value not in (None, []):
+            yield key, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def lead(comparison: Record) -> str:

@@ -7,12 +7,14 @@ achieved and on which basis, and says plainly what was not gained.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from markupsafe import Markup, escape
 
 from sparsekit.errors import CheckpointError, in_one_line
 from sparsekit.files import read_json, write_json, write_text
@@ -94,8 +96,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["whole"] = whole
+    made.filters |= {"whole": whole, "code": code}
     return made
+
+
+def code(text: str) -> Markup:
+    """A sentence whose `words in backticks` are code; all of it escaped."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def whole(text: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sparsekit.reporting.labels import labels
 from sparsekit.reporting.marks import (
-    FONT,
     HEAT,
     INK,
     QUIET,
@@ -129,7 +129,8 @@ def _chart(series: Sequence[Series], axes: Axes, *, joined: bool, frontier: Sequ
         held = _runs(one.points, axes)
         parts.append(_series(held, across, upright, index, joined=joined))
     if not joined:
-        parts += _names(points, across, upright)
+        named = ((across(point.x), upright(point.y), point.label) for point in points)
+        parts += labels(named, across.start + 2, across.end + 24, upright.start + 2)
     return drawing(parts, axes.title, axes.width, axes.height)
 
 
@@ -172,38 +173,6 @@ def _series(runs: Sequence[Sequence[Point]], across: Scale, upright: Scale, inde
             named = f"{point.label} ({significant(point.x, 4)}, {significant(point.y, 4)})".strip()
             parts.append(tag("circle", dot, tag("title", {}, named)))
     return tag("g", {"class": f"series-{index + 1}"}, *parts)
-
-
-def _names(points: Sequence[Point], across: Scale, upright: Scale) -> Iterable[Markup]:
-    """The label of each point, at the first of some places beside it where no other label or point is.
-
-    From the top down: of two near points the upper one is labelled above, the lower one below.
-    """
-    points = sorted(points, key=lambda point: -point.y)
-    dots = [(across(point.x), upright(point.y)) for point in points]
-    taken: list[tuple[float, float, float]] = [(x - 4, x + 4, y + 4) for x, y in dots]  # left, right, baseline
-    for point, (x, y) in zip(points, dots, strict=True):
-        if not point.label:
-            continue
-        room = WIDE * len(point.label)
-        near, far = (y - 5, y + 13), (y + 4, y + 24, y - 16, y + 35)
-        places = [(left, base) for each in (near, far) for left in (x + 8, x - 8 - room) for base in each]
-        inside = [
-            (left, base)
-            for left, base in places
-            if left >= across.start + 2 and left + room <= across.end + 24 and base <= upright.start + 2
-        ] or places[:1]
-        free = [
-            (left, base)
-            for left, base in inside
-            if not any(
-                left < right and start < left + room and abs(base - other) < FONT for start, right, other in taken
-            )
-        ]
-        left, base = (free or inside)[0]
-        taken.append((left, left + room, base))
-        right_hand = left > x
-        yield text(left if right_hand else x - 8, base, point.label, "start" if right_hand else "end", INK)
 
 
 def _bar(point: Point, across: Scale, upright: Scale, index: int) -> Markup:
