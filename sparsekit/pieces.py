@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 END_OF_TEXT = "<|endoftext|>"
-PIECE = 1 << 18  # characters of a piece at least; 16 of them keep 16 cores busy
+PIECE = 1 << 18  # characters of a piece at least where many tokens are wanted; 16 of them keep 16 cores busy
 # One line end between two characters that are no white space: byte-level and word pre-tokenizers split there.
 SEAM = re.compile(r"\S\n(?=\S)")
 WORD = re.compile(r"\w(?= \w)")  # the same within a line of many pieces, as minified code and some dumps are
 LONG = 16 * PIECE  # characters of a line that is not waited for to its end
+LEAST = 1 << 14  # characters of a piece at least where few tokens are wanted
 CONTEXT = 256  # characters each side of a seam that the tokenizer is asked about
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -47,9 +48,12 @@ def tokenise(
     """
     found: list[Ids] = []
     total = 0
+    # Characters encoded at once: enough for every core, little enough for memory; a token has about four.
+    most = 16 * PIECE if limit is None else min(16 * PIECE, max(LEAST, 4 * limit))
     for text in texts:
-        pieces = documents(text, separator) if separator is not None else stream(text, encode)
-        for encoded in _ahead(_batches(pieces), encode) if ahead else map(encode, _batches(pieces)):
+        pieces = documents(text, separator) if separator is not None else stream(text, encode, min(PIECE, most))
+        batches = _batches(pieces, most)
+        for encoded in _ahead(batches, encode) if ahead else map(encode, batches):
             for ids in encoded:
                 found.append(np.array(ids if end is None else [*ids, end], dtype=np.int32))
                 total += len(found[-1])
@@ -65,7 +69,7 @@ def documents(blocks: Iterable[str], separator: str) -> Iterator[str]:
     """
     line = re.compile(rf"^{re.escape(separator)}\r?$", re.MULTILINE)
     parts: list[str] = []  # of the document that is not closed yet
-    for lines in _whole_lines(blocks):
+    for lines in _whole_lines(blocks, PIECE):
         head, *others = line.split(lines)
         parts.append(head)
         for other in others:
@@ -80,17 +84,17 @@ def _document(parts: list[str]) -> Iterator[str]:
         yield text.strip("\r\n")
 
 
-def stream(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
-    """A text in pieces whose ids, one after another, are the ids of the whole.
+def stream(blocks: Iterable[str], encode: Encode, least: int) -> Iterator[str]:
+    """A text in pieces of so many characters at least whose ids, one after another, are the ids of the whole.
 
     `<|endoftext|>` lines become blank.
     """
     line = re.compile(rf"^{re.escape(END_OF_TEXT)}(?=\r?$)", re.MULTILINE)
     rest = ""
-    for lines in _whole_lines(blocks):
+    for lines in _whole_lines(blocks, least):
         rest += line.sub("", lines)
-        if len(rest) >= PIECE:
-            at = _seam(rest, encode, SEAM) or (len(rest) >= LONG and _seam(rest, encode, WORD))
+        if len(rest) >= least:
+            at = _seam(rest, encode, SEAM, least) or (len(rest) >= LONG and _seam(rest, encode, WORD, least))
             if at:
                 yield rest[:at]
                 rest = rest[at:]
@@ -98,9 +102,9 @@ def stream(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
         yield rest
 
 
-def _seam(text: str, encode: Encode, places: re.Pattern[str]) -> int:
+def _seam(text: str, encode: Encode, places: re.Pattern[str], least: int) -> int:
     """The last of some places where the tokenizer splits for certain, or 0."""
-    last = [found.end() for found in places.finditer(text, max(0, len(text) - PIECE // 4))][-8:]
+    last = [found.end() for found in places.finditer(text, max(0, len(text) - least // 4))][-8:]
     for at in reversed(last):
         left, right = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
         whole, first, second = encode([left + right, left, right])
@@ -109,15 +113,16 @@ def _seam(text: str, encode: Encode, places: re.Pattern[str]) -> int:
     return 0
 
 
-def _whole_lines(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in blocks that end with a line end, all but the last, and those of a line that is too long.
+def _whole_lines(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """The same text in blocks of about so many characters.
 
+    They end with a line end, all but the last one and those of a line that is too long.
     What is left of such a line begins with a space, so that no separator is seen where there is none.
     """
     parts: list[str] = []
     held = 0
     for block in blocks:
-        for piece in (block[at : at + PIECE] for at in range(0, len(block), PIECE)):
+        for piece in (block[at : at + size] for at in range(0, len(block), size)):
             head, end, tail = piece.rpartition("\n")
             if not end and held >= LONG:
                 head, end, tail = piece.rpartition(" ")
@@ -131,14 +136,14 @@ def _whole_lines(blocks: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Pieces in batches of about 16 * PIECE characters: enough for every core, little enough for memory."""
+def _batches(pieces: Iterable[str], most: int) -> Iterator[list[str]]:
+    """Pieces in batches of about so many characters."""
     batch: list[str] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece)
-        if size >= 16 * PIECE:
+        if size >= most:
             yield batch
             batch, size = [], 0
     if batch:

@@ -103,12 +103,11 @@ def test_pieces_give_the_ids_of_the_whole_text(monkeypatch, tmp_path, windows, t
     assert found.flatten().tolist() == whole[: found.numel()]
 
 
-def test_long_texts_really_are_cut(monkeypatch, tokenizer):
-    monkeypatch.setattr(pieces, "PIECE", 500)
-    found = list(pieces.stream([prose(20_000)], encoder(tokenizer)[0]))
+def test_long_texts_really_are_cut(tokenizer):
+    found = list(pieces.stream([prose(20_000)], encoder(tokenizer)[0], 500))
     assert len(found) > 10
     assert "".join(found) == blanked(prose(20_000))
-    assert len(list(pieces.stream([prose(20_000)], encoder(sentencepiece_like())[0]))) == 1
+    assert len(list(pieces.stream([prose(20_000)], encoder(sentencepiece_like())[0], 500))) == 1
 
 
 @pytest.mark.parametrize("make", [None, sentencepiece_like, llama3_like], ids=["tiny", "sentencepiece", "llama3"])
@@ -124,7 +123,7 @@ def test_lines_without_an_end_are_cut_as_well(monkeypatch, tmp_path, windows, to
     found = windows(entry_of(str(tmp_path / "a.txt"), seq_len=8), tokenizer=used)
     assert found.flatten().tolist() == whole[: found.numel()]
     if make is None and long <= piece * 5:
-        assert len(list(pieces.stream([written], encoder(used)[0]))) > 4
+        assert len(list(pieces.stream([written], encoder(used)[0], piece))) > 4
         (tmp_path / "a.txt").write_bytes(written.encode() + b"\xff")  # past the pool: never read
         monkeypatch.setattr(data, "POOL", 3)
         windows(entry_of(str(tmp_path / "a.txt"), seq_len=8, samples=5), tokenizer=used, cache=tmp_path / "other")
@@ -204,6 +203,23 @@ def test_samples_of_a_long_text_read_only_a_pool(monkeypatch, tmp_path, windows,
     head = tokenizer(blanked(prose(50_000)), add_special_tokens=False, verbose=False)["input_ids"][: 3 * 10 * 16]
     pool = {tuple(row) for row in torch.tensor(head).view(-1, 16).tolist()}
     assert all(tuple(row) in pool for row in drawn.tolist())
+
+
+@pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
+def test_a_few_tokens_are_the_first_of_all_and_cost_a_few_characters(tokenizer, separator):
+    encode, end, seen = encoder(tokenizer)[0], None if separator is None else 0, []
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        seen.append(sum(map(len, texts)))
+        return encode(texts)
+
+    whole, few = (
+        pieces.tokenise([iter([prose(200_000)])], counted, separator=separator, end=end, limit=limit)
+        for limit in (None, 1000)
+    )
+    assert len(whole) > 30_000
+    assert np.array_equal(few, whole[:1000])
+    assert 5 * sum(seen[1:]) < seen[0]
 
 
 def test_tokens_are_kept_and_a_damaged_file_is_made_again(monkeypatch, tmp_path, windows):
