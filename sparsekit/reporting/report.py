@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@cache
 def environment() -> Environment:
-    """Jinja with everything escaped; a name that is missing is an error, not an empty string."""
+    """Jinja with everything escaped; a name that is missing is an error, not an empty string. Read once."""
     made = Environment(
         loader=PackageLoader("sparsekit.reporting"),
         autoescape=True,
