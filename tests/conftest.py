@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,13 @@ ASSETS = Path(__file__).parents[1] / "sparsekit" / "assets"
 def _one_thread():
     """Bit-identity is promised for a fixed number of threads; small models are fastest with one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_for_good():
+    """Every step of a run collects garbage before its memory is measured: not through what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
