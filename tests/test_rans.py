@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import deque
 from contextlib import suppress
 from itertools import accumulate
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekit.errors import CheckpointError
-from sparsekit.formats import streams
+from sparsekit.formats import rans, streams
 from sparsekit.formats.rans import LEAST, STEPS, TOTAL, decode, encode, frequencies, lanes_of
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True)
@@ -66,9 +67,11 @@ def counted(symbols: np.ndarray, alphabet: int) -> np.ndarray:
 def test_every_word_is_the_slow_coders(count, alphabet, skew):
     symbols = drawn(count, alphabet, skew)
     chances = frequencies(counted(symbols, alphabet))
-    states, words = encode(symbols, chances)
-    assert (states.tolist(), words.tolist()) == slow_encode(symbols.tolist(), chances.tolist())
-    assert decode(states, words, chances, count).tolist() == symbols.tolist()
+    for few in (0, rans.FEW):  # many lanes at once, one by one
+        with patch.object(rans, "FEW", few):
+            states, words = encode(symbols, chances)
+            assert (states.tolist(), words.tolist()) == slow_encode(symbols.tolist(), chances.tolist())
+            assert decode(states, words, chances, count).tolist() == symbols.tolist()
     assert slow_decode(states.tolist(), words.tolist(), chances.tolist(), count) == symbols.tolist()
 
 
@@ -101,7 +104,9 @@ def test_chances_of_many_that_hardly_occur(rare):
 def test_any_symbols_come_back(data, count, alphabet, skew):
     symbols = drawn(count, alphabet, skew, data.draw(st.integers(0, 99)))
     chances = frequencies(counted(symbols, alphabet))
-    assert np.array_equal(decode(*encode(symbols, chances), chances, count), symbols)
+    for few in (0, rans.FEW):
+        with patch.object(rans, "FEW", few):
+            assert np.array_equal(decode(*encode(symbols, chances), chances, count), symbols)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,9 @@ def test_size_is_the_entropy(alphabet, skew):
     assert entropy <= states.nbytes + words.nbytes <= 1.01 * entropy + 3 * lanes_of(len(symbols))
 
 
-def test_what_was_never_coded_is_refused():
+@pytest.mark.parametrize("few", [0, rans.FEW])
+def test_what_was_never_coded_is_refused(few, monkeypatch):
+    monkeypatch.setattr(rans, "FEW", few)
     symbols = drawn(5000, 16, 0.3)
     chances = frequencies(counted(symbols, 16))
     states, words = encode(symbols, chances)
@@ -128,6 +135,7 @@ def test_what_was_never_coded_is_refused():
 
     refused("ends before its last symbol", states, words[:-1])
     refused("does not end as it was begun", states, np.append(words, words[:1]))
+    refused("does not end as it was begun", states, np.append(words, [0]).astype(np.uint16))
     low, other = states.copy(), words.copy()
     low[1] = LEAST - 1
     refused("below 2\\^16", low, words)
