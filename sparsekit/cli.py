@@ -235,13 +235,15 @@ def bench(small: bool, device: str, as_json: bool) -> None:
     from rich.console import Console
 
     from sparsekit import bench as benches
-    from sparsekit.terminal.bench import bench_table
+    from sparsekit.terminal.bench import LEGEND, bench_table
 
     console = Console()
     told = (lambda job, rows: None) if as_json else (lambda job, rows: console.print(bench_table(job, rows)))
     found = benches.run_bench(benches.SMALL if small else benches.LLAMA_7B, device, told=told)
     if as_json:
         click.echo(json.dumps({"shape": benches.described(small), "jobs": found}, indent=2))
+    else:
+        console.print(LEGEND, highlight=False)
 
 
 @main.command()

@@ -176,17 +176,23 @@ def _placed(recipe: Recipe, directory: Path) -> Recipe:
 def _same_model(recipes: Mapping[str, Recipe]) -> None:
     """Refuse other models and settings of them before the model is opened: all arms share one."""
     name, first = next(iter(recipes.items()))
-    path = locate(first.resolve(first.model.path), allow_network=first.allow_network)
+    path = _located(first)
     for other_name, other in recipes.items():
         for key in ("dtype", "compute_dtype", "device", "trust_remote_code"):
             one, two = first.model.model_dump()[key], other.model.model_dump()[key]
             if one != two:
                 message = f"cannot be compared: model.{key} of {other_name} is {two}, of {name} {one}"
                 raise RecipeError(f"{message} ({first.where('model', key)})", where=other.where("model", key))
-        found = locate(other.resolve(other.model.path), allow_network=other.allow_network)
+        found = _located(other)
         if found != path and model_digest(found) != model_digest(path):
             message = f"cannot be compared: the model of {other_name} is {found}, of {name} {path}"
             raise RecipeError(f"{message} ({first.where('model', 'path')})", where=other.where("model", "path"))
+
+
+def _located(recipe: Recipe) -> Path:
+    """Where a recipe's model is."""
+    with recipe.placing("model"):
+        return locate(recipe.resolve(recipe.model.path), allow_network=recipe.allow_network)
 
 
 def _based(name: str, run: Run) -> Based:

@@ -16,6 +16,7 @@ from typing import Any
 from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import PlannedStep
 from sparsekit.recipe.entries import Redo
+from sparsekit.reporting.numerals import numbered
 
 Record = Mapping[str, Any]
 
@@ -39,7 +40,9 @@ def rounds(layers: int, most: int) -> Iterator[int]:
         yield most
 
 
-def redone(planned: PlannedStep, redo: Redo, names: Sequence[str], before: Mapping[str, Pattern]) -> PlannedStep:
+def redone(
+    planned: PlannedStep, redo: Redo, names: Sequence[str], before: Mapping[str, Pattern], errors: Mapping[str, float]
+) -> PlannedStep:
     """The step with some layers done more precisely.
 
     Args:
@@ -47,18 +50,21 @@ def redone(planned: PlannedStep, redo: Redo, names: Sequence[str], before: Mappi
         redo: How.
         names: The layers.
         before: The pattern of each layer before the step.
+        errors: Relative error of each layer.
     """
-    about = json.dumps([planned.fingerprint, "redo", redo.bits, sorted(names)])
-    fingerprint = hashlib.sha256(about.encode()).hexdigest()
+    identity = json.dumps([planned.fingerprint, "redo", redo.bits, sorted(names)])
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    about = {"bits": redo.bits, "layers": list(names), "why": _told(redo, names, errors)}
+    again = replace(planned, fingerprint=fingerprint, redone=about)
     if redo.bits is not None:
-        return replace(planned, fingerprint=fingerprint, overrides={name: {"bits": redo.bits} for name in names})
+        return replace(again, overrides={name: {"bits": redo.bits} for name in names})
     kept = {name: pattern for name, pattern in planned.patterns.items() if name not in names}
     patterns = {**kept, **{name: before[name] for name in names if name in before}}
-    return replace(planned, fingerprint=fingerprint, selected=planned.selected - set(names), patterns=patterns)
+    return replace(again, selected=planned.selected - set(names), patterns=patterns)
 
 
-def told(redo: Redo, names: Sequence[str], error: Mapping[str, float]) -> str:
+def _told(redo: Redo, names: Sequence[str], error: Mapping[str, float]) -> str:
     """What was done again, in one sentence."""
     how = f"quantized with {redo.bits} bits" if redo.bits else "left as they were before this step"
     listed = ", ".join(f"{name} (error {error[name]:.3g})" for name in names)
-    return f"the gate was missed, so the step was repeated with its {len(names)} worst layers {how}: {listed}"
+    return f"the gate was missed, so the step was repeated with its {numbered(names, 'worst layer')} {how}: {listed}"

@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from sparsekit.checkpoint import StepStore
-from sparsekit.data import entry_digest, load_tokenizer, token_windows
+from sparsekit.data import entry_digest, token_windows
 from sparsekit.errors import CheckpointError, GateError
 from sparsekit.evaluation.basis import basis
 from sparsekit.evaluation.scoring import Scoring, Twin
@@ -25,12 +25,12 @@ from sparsekit.interchange.hfdir import check_place
 from sparsekit.listener import Listener
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
-from sparsekit.opening import open_view, plan_for
+from sparsekit.opening import open_tokenizer, open_view, plan_for
 from sparsekit.planning.peak import measured
 from sparsekit.planning.plan import Plan, PlannedStep, texts_of
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.recipe.entries import Redo
-from sparsekit.redo import redone, rounds, told, worst_layers
+from sparsekit.redo import redone, rounds, worst_layers
 from sparsekit.reporting.report import finite, write_report
 from sparsekit.reporting.sections import sections
 from sparsekit.shortage import named
@@ -78,7 +78,7 @@ class Run:
     def open(cls, recipe: Recipe, listener: Listener) -> Self:
         """Open the model and work the plan out; nothing is written."""
         view = open_view(recipe)
-        tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
+        tokenizer = open_tokenizer(recipe, view)
         directory = recipe.output_directory()
         run = cls(recipe, listener, directory, view, plan_for(recipe, view), tokenizer, directory, Twin(view))
         run._check()
@@ -86,9 +86,9 @@ class Run:
         return run
 
     def _check(self) -> None:
-        """Find what would fail at the end of a run before its start: texts, tasks, teachers and places."""
-        self.scoring.texts()
-        self.scoring.check_tasks()
+        """Find what would fail at the end of a run before its start: tasks, teachers and places."""
+        with self.recipe.placing("evaluate", "lm_eval"):
+            self.scoring.check_tasks()
         self._check_teachers()
         check_writable(self.directory.absolute())
         if self.directory.resolve() == self.view.path:
@@ -115,7 +115,7 @@ class Run:
     def rank(cls, recipe: Recipe, listener: Listener, shared: Path, digest: str) -> Self:
         """The run as one of several training processes sees it; see `sparsekit.training.rank`."""
         view = open_view(recipe)
-        tokenizer = load_tokenizer(view.path, trust_remote_code=recipe.model.trust_remote_code)
+        tokenizer = open_tokenizer(recipe, view)
         plan = plan_for(recipe, view, digest)
         return cls(recipe, listener, recipe.output_directory(), view, plan, tokenizer, shared, Twin(view))
 
@@ -172,8 +172,9 @@ class Run:
 
     def _read_texts(self) -> None:
         """Cut every text that is needed into tokens, so that a bad one ends the run before its work."""
-        for entry in texts_of(self.recipe):
-            self.windows(entry)
+        for keys, entry in texts_of(self.recipe).items():
+            with self.recipe.placing(*keys):
+                self.windows(entry)
 
     def _step(self, planned: PlannedStep, chain: Chain, before: dict[str, Any]) -> tuple[Chain, dict[str, Any]]:
         directory = self.shared / "steps" / planned.directory
@@ -209,12 +210,8 @@ class Run:
         for count in rounds(len(worst), redo.most):
             if all(row["passed"] for row in self._gates(dense, after)):
                 break
-            names = worst[:count]
-            self._repeated = redone(self.plan.steps[-1], redo, names, patterns)
+            self._repeated = redone(self.plan.steps[-1], redo, worst[:count], patterns, errors)
             chain, after = self._step(self._repeated, start, before)
-            summary = self.summaries[-1]
-            summary["redone"] = {"bits": redo.bits, "layers": names}
-            summary["notes"] = [told(redo, names, errors), *summary["notes"]]
         return chain, after
 
     def _gates(self, dense: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -61,7 +61,9 @@ def summarise(
         "numerics": counted(layers),
         "before": dict(before),
         "perplexity": dict(after),
+        **({"redone": planned.redone} if planned.redone else {}),
         "notes": [
+            *([planned.redone["why"]] if planned.redone else []),
             *said(after, result),
             *branch_note(layers, weights),
             *(f"{layer['name']}: {note}" for layer in layers for note in layer["notes"]),

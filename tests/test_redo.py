@@ -12,6 +12,7 @@ from sparsekit.cli import main
 from sparsekit.errors import RecipeError
 from sparsekit.recipe import read_recipe
 from sparsekit.redo import rounds, worst_layers
+from sparsekit.reporting.findings import named
 
 RECIPE = """\
 name: gate
@@ -67,6 +68,8 @@ def test_the_worst_layers_get_more_bits_until_the_limit_of_layers(tmp_path, rand
     assert set(bits.values()) == {2, 8}
     assert redone[-1]["error"] < first["error"]
     assert "repeated with its 3 worst layers quantized with 8 bits" in redone[-1]["notes"][0]
+    assert [named(step) for step in redone] == [f"rtn, {n} in 8 bits" for n in ("1 layer", "2 layers", "3 layers")]
+    assert "rtn, 3 layers in 8 bits" in (tmp_path / "run" / "report.md").read_text().replace("\u00a0", " ")
     assert report["final"] == redone[-1]["perplexity"]
 
 

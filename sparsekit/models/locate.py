@@ -44,7 +44,9 @@ def locate(path: str, *, allow_network: bool = False) -> Path:
     if directory.is_dir():
         _check_files(directory)
         if not (directory / "config.json").is_file():
-            raise ModelError(f"{directory} holds no config.json, so it is no Hugging Face model")
+            exports = [f"{directory / 'export' / name}" for name in _models(directory / "export")]
+            hint = f"; the exports of this run are {', '.join(exports)}" if exports else ""
+            raise ModelError(f"{directory} holds no config.json, so it is no Hugging Face model{hint}")
         return Path(os.path.realpath(directory))
     if allow_network and not directory.is_absolute():
         return _download(path)

@@ -12,11 +12,10 @@ import torch
 from sparsekit.blockwise.activations import WAITING_SHARE, free_memory, waiting_bytes
 from sparsekit.blockwise.activations import on_device as kept_on_device
 from sparsekit.blockwise.holding import HOLDINGS
-from sparsekit.data import load_tokenizer
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
-from sparsekit.opening import open_view
+from sparsekit.opening import open_tokenizer, open_view
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
 from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_bytes
@@ -115,10 +114,10 @@ class Estimator:
 
     def _reading(self) -> float:
         """Seconds to cut the texts into tokens, which a run does once."""
-        entries = texts_of(self.recipe)
+        entries = list(texts_of(self.recipe).values())
         if not entries:
             return 0.0
-        tokenizer = load_tokenizer(self.view.path, trust_remote_code=self.recipe.model.trust_remote_code)
+        tokenizer = open_tokenizer(self.recipe, self.view)
         return reading_seconds(entries, tokenizer, self.recipe.resolve)
 
     def _startup(self) -> float:
@@ -230,7 +229,7 @@ class Estimator:
         """Sizes and times of the model a step learns from: the dense original, or the one it names."""
         if planned.step.teacher is None:
             return self.bench
-        tokenizer = load_tokenizer(self.view.path, trust_remote_code=self.recipe.model.trust_remote_code)
+        tokenizer = open_tokenizer(self.recipe, self.view)
         view = open_teacher(self.recipe, planned.index, self.view, tokenizer, empty=True)
         return Bench(view, sizes_of(view), deadline=self.bench.deadline)
 

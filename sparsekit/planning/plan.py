@@ -36,6 +36,7 @@ class PlannedStep:
         patterns: The pattern each linear must hold once the step is done.
         fingerprint: Digest of all that decides the result, including every step before.
         overrides: Arguments of single layers in place of the step's, when the worst are redone.
+        redone: For a step repeated for the gate's sake: `bits` or None, `layers` and `why`, a sentence.
     """
 
     index: int
@@ -44,6 +45,7 @@ class PlannedStep:
     patterns: Mapping[str, Pattern]
     fingerprint: str
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    redone: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -165,13 +167,16 @@ def reads(step: Step) -> str:
     return "calibration" if step.calibrated else ""
 
 
-def texts_of(recipe: Recipe) -> list[TextEntry]:
-    """Every text that a run reads: those of the steps, then those that are scored."""
+def texts_of(recipe: Recipe) -> dict[tuple[str, ...], TextEntry]:
+    """Every text that a run reads, by its keys in the recipe: those of the steps, then those that are scored."""
     data, wanted = recipe.data, recipe.evaluate
     named = {"calibration": data.calibration, "train": data.train}
     scored = dict.fromkeys([*wanted.perplexity, *(measure.text for measure in wanted.measures)])
-    read = [named.get(name) for name in dict.fromkeys(map(reads, recipe.steps))]
-    return [*filter(None, read), *(data.evaluation[name] for name in scored)]
+    read = {("data", name): named.get(name) for name in map(reads, recipe.steps)}
+    return {
+        **{keys: entry for keys, entry in read.items() if entry},
+        **{("data", "evaluation", name): data.evaluation[name] for name in scored},
+    }
 
 
 def _matches(entry: str, name: str) -> bool:

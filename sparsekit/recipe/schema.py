@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr
 
+from sparsekit.errors import DataError, ModelError
 from sparsekit.recipe.entries import (
     STRICT,
     Exports,
@@ -54,6 +57,14 @@ class Recipe(BaseModel):
     def where(self, *keys: str | int) -> str:
         """`recipe.yaml:12`, the line of a value or of its nearest ancestor, with the `--set` that changed it."""
         return self._document.where(keys)
+
+    @contextmanager
+    def placing(self, *keys: str) -> Iterator[None]:
+        """Put the place of a value before what its model, text or task is found to lack."""
+        try:
+            yield
+        except (DataError, ModelError) as error:
+            raise type(error)(f"{self.where(*keys)}: {error}") from error
 
     def resolve(self, path: str) -> str:
         """What a path of the recipe means.

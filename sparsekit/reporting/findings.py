@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sparsekit.reporting.numerals import change, megabytes, perplexity, short
+from sparsekit.reporting.numerals import change, megabytes, numbered, perplexity, short
 
 Record = Mapping[str, Any]
 
@@ -106,6 +106,14 @@ def no_gains(report: Record) -> Iterator[str]:
             )
     if not report.get("deploy"):
         yield "Serving speed was not measured; nothing here says that the result runs faster."
+
+
+def named(step: Record) -> str:
+    """`gptq`; of a step that a gate made repeat also how: `gptq, 4 layers in 8 bits`, `wanda, 1 layer left out`."""
+    if not (redone := step.get("redone")):
+        return str(step["method"])
+    how = f"in {redone['bits']} bits" if redone["bits"] else "left out"
+    return f"{step['method']}, {numbered(redone['layers'], 'layer')} {how}"
 
 
 def memory_notes(steps: Sequence[Record]) -> list[str]:

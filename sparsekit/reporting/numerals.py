@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 
 MANIFOLD = 10.0  # a change beyond this is written as a factor
 JOINED = "\u00a0"  # between a number and its unit: no line ends there
@@ -46,6 +47,11 @@ def change(value: float | None) -> str:
         return f"×{JOINED}{1 + value:,.0f}"
     decimals = 2 if abs(value) < 0.01 else 1
     return f"{100 * value:+.{decimals}f}{JOINED}%".replace("-", "−")
+
+
+def numbered(things: Sized, name: str) -> str:
+    """`1 note`, `2 notes`."""
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
 
 def short(value: float) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from sparsekit.errors import CheckpointError, in_one_line
 from sparsekit.files import read_json, write_json, write_text
 from sparsekit.reporting.charts import curve_charts, error_map
-from sparsekit.reporting.findings import headline, memory_notes, no_gains, numerics_notes, protocols
+from sparsekit.reporting.findings import headline, memory_notes, named, no_gains, numerics_notes, protocols
 from sparsekit.reporting.numerals import JOINED
 from sparsekit.reporting.speed import sentences, speed_table
 from sparsekit.reporting.tables import (
@@ -163,7 +163,7 @@ def _environment(report: Record) -> dict[str, Any]:
 def _step(step: Record) -> dict[str, Any]:
     """The section of one step."""
     return {
-        "title": f"Step {step['index'] + 1}: {step['method']}",
+        "title": f"Step {step['index'] + 1}: {named(step)}",
         "kind": step["kind"],
         "source": step.get("source"),
         "error_of": step.get("error_of", "weights"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparsekit.reporting.findings import paired_change
+from sparsekit.reporting.findings import named, paired_change
 from sparsekit.reporting.numerals import JOINED, MANIFOLD, change, duration, megabytes, percent, perplexity, significant
 
 Tone = Literal["", "good", "bad", "quiet", "strong"]
@@ -94,7 +94,7 @@ def _step_row(step: Record, texts: Sequence[str]) -> list[Cell]:
     groups, broken = step["groups"], step["violations"]
     counted = Cell(f"{broken:,} of {groups:,}", tone="bad" if broken else "good") if groups else Cell("–")
     row = [
-        Cell(f"{step['index'] + 1}{JOINED}{step['method']}", step.get("source") or "", "strong"),
+        Cell(f"{step['index'] + 1}{JOINED}{named(step)}", step.get("source") or "", "strong"),
         Cell(step["pattern"] or "–"),
         Cell(f"{step['sparsity']:.4f}", f"share of exact zeros {step['sparsity']}"),
         Cell("/".join(map(str, step["bits"])) or "–"),

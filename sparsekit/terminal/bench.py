@@ -7,9 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
+LEGEND = (
+    "seconds: median of the runs, shortest and longest; to ...: times as long as that schedule of ours; error: of the "
+    "block's outputs; equal: weights equal to the first row's"
+)
+
 
 def bench_table(job: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each side; equal weights are to the first, ratios are times as long as each schedule of ours."""
+    """One row for each side; `LEGEND` says what its columns are."""
     table = Table(title=job, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("side", no_wrap=True)
     ours = list(rows[-1]["ratios"]) if rows else []

@@ -18,8 +18,9 @@ from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
+from sparsekit.reporting.findings import named
 from sparsekit.reporting.numerals import duration as duration
-from sparsekit.reporting.numerals import megabytes
+from sparsekit.reporting.numerals import megabytes, numbered
 from sparsekit.reporting.speed import sentences
 from sparsekit.shelf import Named, Shelf
 from sparsekit.testing import Outcome
@@ -114,7 +115,7 @@ class Terminal:
 
 def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
     """`✓ 1 ast  2:4  sparsity 0.500  0 of 589,824 groups broken  heldout 41.2 -> 43.0  38 s`."""
-    parts = [f"[green]✓[/green] {summary['index'] + 1} {summary['method']:<9}"]
+    parts = [f"[green]✓[/green] {summary['index'] + 1} {named(summary):<9}"]
     parts.append(f"sparsity {summary['sparsity']:.3f}")
     if summary["bits"]:
         parts.append(f"int{'/'.join(map(str, summary['bits']))}")
@@ -128,7 +129,7 @@ def step_line(summary: Mapping[str, Any], *, cached: bool) -> str:
     if used := summary.get("numerics"):
         parts.append("numerics: " + ", ".join(f"{rung} {count}" for rung, count in used.items()))
     if summary["notes"]:
-        parts.append(f"{len(summary['notes'])} notes in the report")
+        parts.append(f"{numbered(summary['notes'], 'note')} in the report")
     return "  ".join(parts)
 
 
@@ -161,7 +162,7 @@ def closing_table(report: Mapping[str, Any]) -> Table:
         scores = [f"{score['perplexity']:.3f}" for score in summary["perplexity"].values()]
         bits = "/".join(map(str, summary["bits"]))
         broken = str(summary["violations"]) if summary["groups"] else ""
-        table.add_row(summary["method"], *scores, f"{summary['sparsity']:.3f}", bits, broken)
+        table.add_row(named(summary), *scores, f"{summary['sparsity']:.3f}", bits, broken)
     return table
 
 
