@@ -84,8 +84,8 @@ class Known:
 
     @classmethod
     def written(cls, path: Path, digest: str) -> Self:
-        """A file that has just been written."""
-        return cls(digest, version(path), time.time_ns())
+        """A file that this process has just put in its place: in that tick nobody else writes to it."""
+        return cls(digest, version(path), time.time_ns() + TICK)
 
     @classmethod
     def of(cls, path: Path) -> Self:

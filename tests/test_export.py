@@ -327,9 +327,13 @@ def test_a_full_disk_leaves_nothing(view, tmp_path, monkeypatch, where):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = {"shard": (hfdir, "save_file"), "sync": (hfdir, "_sync"), "config": (os, "replace")}[where]
+    target = {
+        "shard": "os.fsync",
+        "sync": "sparsekit.interchange.hfdir._sync",
+        "config": "sparsekit.interchange.export.write_json",
+    }
     with monkeypatch.context() as patch:
-        patch.setattr(*target, full)
+        patch.setattr(target[where], full)
         with pytest.raises(CheckpointError, match="No space left"):
             export_dense(view, view.dense_block, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -344,7 +348,7 @@ def test_an_earlier_export_is_replaced_whole_or_kept(view, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hfdir, "save_file", full)
+        patch.setattr(hfdir, "write_tensors", full)
         with pytest.raises(CheckpointError):
             export_dense(view, view.dense_block, out)
     assert {path.name for path in out.iterdir()} == before

@@ -30,7 +30,6 @@ from sparsekit.interchange.hfdir import (
     MAX_SHARD,
     ShardWriter,
     copy_companions,
-    file_digests,
     header_bytes,
     read_config,
     reader_config,
@@ -118,7 +117,7 @@ def export_as(
             tally.bytes.adapter = write_adapter(target, branches, view.dtype, integers=small)
             tally.parameters += sum(branch.parameters for branch in branches.values())
             notes += adapter_notes(branches, tally.bytes.adapter, integers=small)
-        files = writer.close(target)
+        files = writer.close()
         written = storage_format.name if setting is None else _written(storage_format, setting)
         _write_marker(target, written, name, tally, files)
         if storage is not None and setting is not None:
@@ -252,10 +251,10 @@ class _Writer:
             self._shards.add(f"{name}.{suffix}", tensor)
         self.tally.add_packed(tensors, parts, weights)
 
-    def close(self, target: Path) -> dict[str, dict[str, Any]]:
+    def close(self) -> dict[str, dict[str, Any]]:
         paths = self._shards.close()
         self.tally.check(sum(map(header_bytes, paths)), sum(path.stat().st_size for path in paths))
-        return file_digests(target, paths)
+        return self._shards.files
 
 
 def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockState, set[str]]]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsekit.errors import CheckpointError
-from sparsekit.files import check_writable, read_json, write_json
+from sparsekit.files import check_writable, read_json, write_json, write_tensors
 from sparsekit.kept import sha256_file
 
 MAX_SHARD = 5 * 10**9  # bytes, the customary size of Hugging Face shards
@@ -109,7 +108,12 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 class ShardWriter:
-    """Writes tensors in the order they come, a new file when the limit is reached."""
+    """Writes tensors in the order they come, a new file when the limit is reached.
+
+    Attributes:
+        files: Size and sha256 of each file by its name, complete once it is closed.
+        total_bytes: Of the tensors.
+    """
 
     def __init__(self, directory: Path, limit: int = MAX_SHARD, stem: str = "model") -> None:
         self._directory = directory
@@ -117,8 +121,9 @@ class ShardWriter:
         self._limit = limit
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0
-        self._shards: list[list[str]] = []
+        self._shards: list[tuple[list[str], str]] = []  # names of tensors, and the sha256 of their file
         self._names: set[str] = set()
+        self.files: dict[str, dict[str, Any]] = {}
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -134,10 +139,8 @@ class ShardWriter:
         self.total_bytes += tensor.nbytes
 
     def _flush(self) -> None:
-        self._shards.append(list(self._open))
-        path = self._part(len(self._shards))
-        save_file(self._open, path, {"format": "pt"})
-        path.chmod(self._directory.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+        digest = write_tensors(self._part(len(self._shards) + 1), self._open)
+        self._shards.append((list(self._open), digest))
         self._open, self._open_bytes = {}, 0
 
     def _part(self, number: int) -> Path:
@@ -150,11 +153,12 @@ class ShardWriter:
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         files = []
-        for number, names in enumerate(self._shards, 1):
+        for number, (names, digest) in enumerate(self._shards, 1):
             part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
             name = f"{self._stem}{part}.safetensors"
             os.rename(self._part(number), self._directory / name)
             files.append(self._directory / name)
+            self.files[name] = {"bytes": files[-1].stat().st_size, "sha256": digest}
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
