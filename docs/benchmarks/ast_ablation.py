@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import RecipeError
 from sparsekit.evaluation.evaluate import perplexity
 from sparsekit.files import read_json, write_json
+from sparsekit.formats import FORMATS
 from sparsekit.formats.coded import Coded
+from sparsekit.interchange.export import export_as
 from sparsekit.listener import Silent
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
@@ -121,16 +124,18 @@ class Bench:
             trained: Trained = recipe.steps[-1].method.function(job, **arguments)
         return trained, curve
 
+    def trained_block(self, trained: Trained, index: int) -> BlockState:
+        """What training made of a block."""
+        dense = self.dense[index]
+        params = {name: trained.params.get(name, value) for name, value in dense.params.items()}
+        return BlockState({name: trained.linears[name] for name in dense.linears}, params)
+
     def score(self, trained: Trained | None) -> dict[str, Any]:
         """Perplexity of what would be stored; of the dense model for None."""
         if trained is not None:
-            inside = set()
-            for index, block in enumerate(self.dense):
-                params = {name: trained.params.get(name, value) for name, value in block.params.items()}
-                inside |= params.keys()
-                self.student.materialise(
-                    index, BlockState({name: trained.linears[name] for name in block.linears}, params)
-                )
+            blocks = [self.trained_block(trained, index) for index in range(len(self.dense))]
+            self.student.materialise_all(blocks)
+            inside = {name for block in blocks for name in block.params}
             self.student.load_rest({name: value for name, value in trained.params.items() if name not in inside})
         view = self.teacher if trained is None else self.student
         return perplexity(
@@ -172,14 +177,19 @@ def arguments_of(recipe: Recipe, tokens: int | None) -> dict[str, Any]:
     return {**given, "checkpoint_every": 10**9, **changed}
 
 
-def one(bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: int | None) -> dict[str, Any]:
-    """Train and score an arm."""
+def one(
+    bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: int | None, export: str | None
+) -> dict[str, Any]:
+    """Train and score an arm, and export it where a format is given."""
     cuda = bench.student.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
     trained, curve = bench.train(recipe, arguments_of(recipe, tokens), seed)
-    seconds = time.monotonic() - began
+    seconds, score = time.monotonic() - began, strip(bench.score(trained))
+    if export is not None:
+        place = bench.runs / "exports" / f"{name}-{seed}-{trained.metrics['tokens']}"
+        export_as(FORMATS[export], bench.student, partial(bench.trained_block, trained), place)
     return {
         "arm": name,
         "file": file.name,
@@ -187,7 +197,7 @@ def one(bench: Bench, file: Path, name: str, recipe: Recipe, seed: int, tokens: 
         "steps": [step.as_dict() for step in recipe.steps],
         "budget": tokens,
         "text": bench.text,
-        "score": strip(bench.score(trained)),
+        "score": score,
         "seconds": seconds,
         "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
         "metrics": dict(trained.metrics),
@@ -253,7 +263,7 @@ def measure(given: argparse.Namespace, results: dict[str, Any]) -> bool:
                 results["dense"][text] = strip(bench.score(None))
             try:
                 started = time.monotonic()
-                row = one(bench, file, name, recipe, seed, tokens)
+                row = one(bench, file, name, recipe, seed, tokens, given.export)
                 taken[tokens] = time.monotonic() - started
                 told = f"{row['score']['perplexity']:.3f}  {row['seconds']:.0f} s"
             except Exception as error:  # the other arms are still worth having; the exit status tells
@@ -294,6 +304,7 @@ def main() -> None:
     parser.add_argument("--text", help="evaluation text to score; the first of the file if absent")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every file")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "sparsekit-ablation")
+    parser.add_argument("--export", choices=FORMATS, help="also write each arm in this format, under --runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON; arms measured before are kept")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     given = parser.parse_args()
