@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 from reports import BLOCKS, SHAPES, make_report
+from rich.console import Console
 
 from sparsekit.reporting.charts import place, short_names
 from sparsekit.reporting.findings import headline, no_gains, paired_change
 from sparsekit.reporting.numerals import change, duration, megabytes, percent, perplexity, short, significant
 from sparsekit.reporting.report import html, markdown, plain, write_report
-from sparsekit.reporting.tables import metrics
+from sparsekit.reporting.tasks import metrics, task_table
+from sparsekit.terminal.console import Terminal
 from sparsekit.terminal.console import duration as console_duration
 
 HOSTILE = '<script>alert("1")</script>|`*\' &amp;'
@@ -206,6 +208,21 @@ def test_experts_share_a_place():
     assert place("lm_head") is None
     assert short_names(["self_attn.q_proj", "mlp.up_proj"]) == ["q_proj", "up_proj"]
     assert short_names(["mlp.up_proj", "mlp.experts.*.up_proj"]) == ["mlp.up_proj", "mlp.experts.*.up_proj"]
+
+
+def test_tasks_of_a_run_are_tested_document_by_document():
+    def scored(*correct: int) -> dict:
+        return {"piqa": {"acc": sum(correct) / 8, "documents": {"n": 8, "truncated": 0, "correct": {"acc": correct}}}}
+
+    tasks = {"dense": scored(*[1] * 8), "final": scored(*[1] * 2, *[0] * 6)}
+    ((task, metric, before, after, p),) = task_table(tasks).rows
+    assert [cell.text for cell in (task, metric, before, after)] == ["piqa", "acc", "1.0000", "0.2500"]
+    assert p.text == "0.031"  # six lost, none won: 2 / 2^6
+    assert "6 documents lost" in p.title
+    assert "arc_easy" in html(make_report())
+    with (console := Console(width=100)).capture() as capture:
+        Terminal(console).closed({**make_report(), "tasks": tasks}, {})
+    assert "piqa" in capture.get()
 
 
 def test_metrics_of_lm_eval():

@@ -13,13 +13,14 @@ from markupsafe import Markup
 
 from sparsekit.files import write_json, write_text
 from sparsekit.reporting.charts import curve_points, error_map
-from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table, tasks_table
+from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table
 from sparsekit.reporting.findings import protocols
 from sparsekit.reporting.numerals import change, megabytes, perplexity
 from sparsekit.reporting.report import environment, finite, markdown_list, markdown_table, plain
 from sparsekit.reporting.speed import sentences, speed_table
 from sparsekit.reporting.svg import Axes, Point, Series, line_chart, scatter_chart
-from sparsekit.reporting.tables import metrics, pair_table
+from sparsekit.reporting.tables import pair_table
+from sparsekit.reporting.tasks import TESTS, metrics, tasks_table
 
 Record = Mapping[str, Any]
 
@@ -28,10 +29,6 @@ PLAIN = (
     "A change whose interval holds 0 is grey on the page: these windows do not tell the two models apart.",
     "KL is that of the dense model's predictions to the arm's, mean nats per token; top-1 the share of tokens where "
     "both put the same token first.",
-)
-TESTS = (
-    "± is one standard error. p is that of McNemar's exact two-sided test against the dense model, document by "
-    "document; it is not corrected for the number of comparisons made here."
 )
 SPREAD = 3.0  # perplexities whose largest is so many times the smallest are drawn logarithmically
 

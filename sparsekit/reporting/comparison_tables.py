@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from sparsekit.reporting.numerals import JOINED, MANIFOLD, change, duration, percent, significant
-from sparsekit.reporting.tables import (
-    Cell,
-    Column,
-    Table,
-    Tone,
-    agreement,
-    measured_cell,
-    metrics,
-    numbers,
-    score,
-    size,
-)
+from sparsekit.reporting.numerals import JOINED, MANIFOLD, change, duration, percent
+from sparsekit.reporting.tables import NONE, Cell, Column, Table, Tone, agreement, measured_cell, numbers, score, size
 
 Record = Mapping[str, Any]
-NONE = Cell("–", "not measured", "quiet")
-UNSURE = 0.05  # a p above it is written quietly
 
 
 def quality_table(comparison: Record, text: str) -> Table:
@@ -95,18 +82,6 @@ def _cost_row(arm: Record, dense: float) -> list[Cell]:
     ]
 
 
-def tasks_table(comparison: Record) -> Table | None:
-    """One metric of each task: accuracy with its standard error, and the p of the paired test against dense."""
-    dense = comparison["dense"]["tasks"]
-    chosen = main_metrics(dense)
-    if not chosen:
-        return None
-    names = [task if metric == "acc" else f"{task} ({metric})" for task, metric in chosen]
-    rows = [[Cell("dense", tone="strong"), *_task_cells(chosen, dense, {})]]
-    rows += [[Cell(arm["name"]), *_task_cells(chosen, arm["tasks"], arm["task_tests"])] for arm in comparison["arms"]]
-    return Table("Zero-shot tasks", [Column("arm"), *numbers(*names)], rows)
-
-
 def measures_table(comparison: Record) -> Table | None:
     """Every number of plugins' evaluators; None without any."""
     models = [comparison["dense"], *comparison["arms"]]
@@ -118,40 +93,3 @@ def measures_table(comparison: Record) -> Table | None:
         for model in models
     ]
     return Table("Measures", [Column("arm"), *numbers(*(f"{title}: {key}" for title, key in named))], rows)
-
-
-def main_metrics(scores: Record) -> list[tuple[str, str]]:
-    """For each task the metric to show: `acc_norm` of tasks that have it, else the first; parts of groups left out."""
-    parts = {
-        name
-        for found in scores.values()
-        if isinstance(found, Mapping)
-        for name in (found.get("documents") or {}).get("tasks", ())
-        if len((found.get("documents") or {}).get("tasks", ())) > 1
-    }
-    by_task: dict[str, list[str]] = {}
-    for (task, metric), _ in metrics(scores):
-        if task not in parts:
-            by_task.setdefault(task, []).append(metric)
-    return [(task, "acc_norm" if "acc_norm" in names else names[0]) for task, names in by_task.items()]
-
-
-def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record) -> list[Cell]:
-    held = dict(metrics(scores))
-    cells = []
-    for task, metric in chosen:
-        value = held.get((task, metric))
-        if value is None:
-            cells.append(NONE)
-            continue
-        level, spread = value
-        text = f"{level:.3f}" if spread is None else f"{level:.3f} ± {spread:.3f}"
-        test = tests.get(task, {}).get(metric)
-        title = str(level)
-        tone: Tone = ""
-        if test is not None:
-            text += f"; p {significant(test['p'], 2)}"
-            title += f"; {test['lost']} documents lost, {test['won']} won, exact two-sided p {test['p']}"
-            tone = "quiet" if test["p"] > UNSURE else ""
-        cells.append(Cell(text, title, tone))
-    return cells

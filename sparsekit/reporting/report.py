@@ -36,8 +36,8 @@ from sparsekit.reporting.tables import (
     perplexity_table,
     section_table,
     step_table,
-    task_table,
 )
+from sparsekit.reporting.tasks import TESTS, task_table
 
 Record = Mapping[str, Any]
 
@@ -141,6 +141,7 @@ def view(report: Record) -> dict[str, Any]:
         "notes": report["notes"],
         "steps": [_step(step) for step in report["steps"]],
         "gate_table": gate_table(gates) if gates else None,
+        "tests": TESTS,
         "task_table": task_table(report["tasks"]) if report["tasks"] else None,
         "measures_table": measures_table(report["measures"]) if report.get("measures") else None,
         "sections": [

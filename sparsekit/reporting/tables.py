@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,9 @@ class Cell:
     text: str
     title: str = ""
     tone: Tone = ""
+
+
+NONE = Cell("–", "not measured", "quiet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ def perplexity_table(report: Record) -> Table:
 def agreement(found: Record | None) -> list[Cell]:
     """KL to the dense model and the share of tokens both put first."""
     if found is None:
-        return [Cell("–", "not measured", "quiet")] * 2
+        return [NONE] * 2
     spread, share = found.get("kl_stderr"), found.get("top1_stderr")
     return [
         Cell(significant(found["kl"]), f"{found['kl']} ± {spread} nats per token over {found['tokens']:,} tokens"),
@@ -266,16 +269,6 @@ def _value(value: Any) -> Cell:
     return Cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def task_table(tasks: Record) -> Table:
-    """Zero-shot tasks, dense against final, in lm-eval's own metrics."""
-    dense, final = (dict(metrics(tasks.get(arm, {}))) for arm in ("dense", "final"))
-    rows = [
-        [Cell(task), Cell(metric), *(_measured(arm.get((task, metric))) for arm in (dense, final))]
-        for task, metric in dict.fromkeys([*dense, *final])
-    ]
-    return Table("Zero-shot tasks", [*_titles("task", "metric"), *numbers("dense", "final")], rows)
-
-
 def measures_table(measures: Record) -> Table:
     """Numbers of plugins' evaluators, dense against final."""
     dense, final = measures["dense"], measures.get("final", {})
@@ -304,24 +297,4 @@ def _plain_cell(value: str | float | None) -> Cell:
 
 def measured_cell(value: float | None) -> Cell:
     """A number of an evaluator."""
-    return Cell("–", "not measured", "quiet") if value is None else Cell(significant(value, 4), str(value))
-
-
-def _measured(value: tuple[float, float | None] | None) -> Cell:
-    if value is None:
-        return Cell("–", "not measured", "quiet")
-    level, spread = value
-    return Cell(f"{level:.4f}" if spread is None else f"{level:.4f} ± {spread:.4f}", str(level))
-
-
-def metrics(scores: Record) -> Iterable[tuple[tuple[str, str], tuple[float, float | None]]]:
-    """(task, metric) with its value and standard error, from lm-eval's `acc,none` and `acc_stderr,none`."""
-    for task, found in scores.items():
-        values = found if isinstance(found, Mapping) else {"score": found}
-        for key, value in values.items():
-            name, _, kept = key.partition(",")
-            if name.endswith("stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            spread = values.get(f"{name}_stderr,{kept}" if kept else f"{name}_stderr", values.get("stderr"))
-            label = name if kept in ("", "none") else f"{name} ({kept})"
-            yield (task, label), (float(value), spread if isinstance(spread, (int, float)) else None)
+    return NONE if value is None else Cell(significant(value, 4), str(value))

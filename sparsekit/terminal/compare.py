@@ -13,9 +13,9 @@ from sparsekit.models.view import ModelView
 from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.reporting.comparison_page import lead
-from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table, tasks_table
-from sparsekit.reporting.tables import Table as Cells
-from sparsekit.terminal.console import Terminal
+from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table
+from sparsekit.reporting.tasks import tasks_table
+from sparsekit.terminal.console import Terminal, cells_table
 
 
 class ComparisonTerminal(Terminal):
@@ -51,7 +51,7 @@ class ComparisonTerminal(Terminal):
             self._out.print(quality(comparison, text))
         for found in (tasks_table(comparison), measures_table(comparison)):
             if found is not None:
-                self._out.print(whole(found))
+                self._out.print(cells_table(found))
         self._out.print(cost(comparison))
         for note in comparison["notes"]:
             self._out.print(f"  note      {note}", highlight=False)
@@ -74,14 +74,6 @@ def cost(comparison: Mapping[str, Any]) -> Table:
     for row in cost_table(comparison).rows:
         name, _, held, ratio, _, _, broken, seconds, peak = (cell.text for cell in row)
         table.add_row(name, held, ratio, broken, seconds, peak)
-    return table
-
-
-def whole(found: Cells) -> Table:
-    """A table of the page, as it is."""
-    table = _table(found.caption, *(column.title for column in found.columns))
-    for row in found.rows:
-        table.add_row(*(cell.text for cell in row))
     return table
 
 

@@ -22,6 +22,8 @@ from sparsekit.reporting.findings import named
 from sparsekit.reporting.numerals import duration as duration
 from sparsekit.reporting.numerals import megabytes, numbered
 from sparsekit.reporting.speed import sentences
+from sparsekit.reporting.tables import Table as Cells
+from sparsekit.reporting.tasks import main_metrics, task_table
 from sparsekit.shelf import Named, Shelf
 from sparsekit.testing import Outcome
 
@@ -98,6 +100,8 @@ class Terminal:
         self._stop()
         self._console.print()
         self._console.print(closing_table(report))
+        if report["tasks"]:
+            self._console.print(cells_table(task_table(report["tasks"], main_metrics(report["tasks"]["dense"]))))
         for line in sentences({report["name"]: report["deploy"]} if report.get("deploy") else {}):
             self._console.print(f"  {line}", highlight=False)
         for export in report["exports"]:
@@ -163,6 +167,16 @@ def closing_table(report: Mapping[str, Any]) -> Table:
         bits = "/".join(map(str, summary["bits"]))
         broken = str(summary["violations"]) if summary["groups"] else ""
         table.add_row(named(summary), *scores, f"{summary['sparsity']:.3f}", bits, broken)
+    return table
+
+
+def cells_table(found: Cells) -> Table:
+    """A table of the page, as it is."""
+    table = Table(title=found.caption, box=None, padding=(0, 1), title_justify="left")
+    for column in found.columns:
+        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
+    for row in found.rows:
+        table.add_row(*(cell.text for cell in row))
     return table
 
 
