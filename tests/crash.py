@@ -6,6 +6,7 @@ milliseconds and the moments fall on the work.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -70,6 +71,7 @@ def harness(work: Path, model: str, moments: int, seed: int, told: Callable[[str
         AssertionError: A run left alone or resumed did not end well.
     """
     torch.set_num_threads(1)  # bit-identity is promised for a fixed number of threads
+    gc.freeze()  # what was imported is not looked through in each child
     work.mkdir(parents=True, exist_ok=True)
     if model == "random":
         model = str(work / "model")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from click.testing import CliRunner
@@ -212,11 +210,11 @@ def test_new_methods_pass_as_written(tmp_path):
         assert made.exit_code == 0, made.output
     again = CliRunner().invoke(main, ["new-method", "fresh_pruner", "--directory", str(tmp_path)])
     assert again.exit_code == 2 and "exists already" in again.output
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process has, see conftest.py
-    tried = subprocess.run(command, capture_output=True, text=True, env=one_thread)
-    assert tried.returncode == 0, tried.stdout
-    assert f"{2 * len(KINDS)} passed" in tried.stdout
+    log = tmp_path / "log"
+    tried = children.started(children.module, "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), log=log)
+    output = children.ended(tried, log)
+    assert tried.exitcode == 0, output
+    assert f"{2 * len(KINDS)} passed" in output
 
 
 def test_new_method_refuses_names_that_are_taken_or_no_names(tmp_path):

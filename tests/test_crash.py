@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,15 +20,16 @@ from sparsekit.cli import main
 from sparsekit.files import RunLock
 
 ROOT = Path(__file__).parents[1]
+SHORT = RECIPE.replace("tokens: 2048", "tokens: 1024").replace("samples: 64", "samples: 32")  # eight steps
 
 
 @pytest.mark.slow
 def test_killed_at_four_random_moments(tmp_path):
     out = tmp_path / "crash.json"
-    command = [sys.executable, str(ROOT / "scripts" / "crash_harness.py"), "--moments", "4", "--out", str(out)]
-    own = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log, harness = tmp_path / "log", str(ROOT / "scripts" / "crash_harness.py")
+    process = children.started(children.script, harness, "--moments", "4", "--out", str(out), log=log)
+    output = children.ended(process, log)
+    assert process.exitcode == 0, output
     assert json.loads(out.read_text())["random"]["identical"] == 4
 
 
@@ -46,7 +44,7 @@ def finished(random_model, tmp_path_factory) -> Path:
     """A directory with a recipe and the finished run of it."""
     directory = tmp_path_factory.mktemp("finished")
     recipe = directory / "crash.yaml"
-    recipe.write_text(RECIPE.format(model=random_model) + f"output: {directory / 'run'}\n")
+    recipe.write_text(SHORT.format(model=random_model) + f"output: {directory / 'run'}\n")
     code, output = run(recipe)
     assert code == 0, output
     return directory
@@ -118,27 +116,17 @@ def test_damaged_training_checkpoints_are_not_used(finished, again, how, ending)
     assert weights(again / "run") == weights(finished / "run")
 
 
-def start(recipe: Path, before: str = "") -> subprocess.Popen[str]:
-    code = textwrap.dedent(f"""
-        import resource, torch; torch.set_num_threads(1)
-        from sparsekit.cli import main
-        import sparsekit.run
-        {before}
-        main(["run", {str(recipe)!r}])
-    """)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def test_sigterm_stops_with_a_message_and_the_run_goes_on_later(finished, again):
     for path in (again / "run" / "steps").iterdir():
         shutil.rmtree(path)
-    process = start(again / "crash.yaml")
+    log = again / "log"
+    process = children.started(children.command, "run", str(again / "crash.yaml"), log=log)
     while not list((again / "run" / "steps").glob("1-ast-*/checkpoint/*")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), children.said(log)
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 143
+    process.terminate()
+    output = children.ended(process, log)
+    assert process.exitcode == 143
     assert "run the same command to continue" in output
     assert "Traceback" not in output
     code, output = run(again / "crash.yaml")
@@ -147,13 +135,12 @@ def test_sigterm_stops_with_a_message_and_the_run_goes_on_later(finished, again)
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(finished, again):
-    """No file may pass 300 kB: what a full disk does, seen from the process."""
     for path in (again / "run" / "steps").iterdir():
         shutil.rmtree(path)
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
-    process = start(again / "crash.yaml", limit)
-    output = process.communicate()[0]
-    assert process.returncode == 2, output
+    log, work = again / "log", children.command_with_small_files
+    process = children.started(work, 300_000, "run", str(again / "crash.yaml"), log=log)
+    output = children.ended(process, log)
+    assert process.exitcode == 2, output
     assert re.search(r"error: cannot write .*File too large", output)
     assert "Traceback" not in output
     assert not [path for path in (again / "run").rglob(".*") if path.name != ".lock"]
@@ -197,9 +184,9 @@ def test_a_place_that_cannot_be_written_is_named_before_any_work(again, place):
 def test_the_second_process_on_a_directory_is_refused_and_changes_nothing(again):
     before = {path: path.stat().st_mtime_ns for path in (again / "run").rglob("*") if path.is_file()}
     with RunLock(again / "run"):
-        process = start(again / "crash.yaml")
-        output = process.communicate()[0]
-    assert process.returncode == 2
+        process = children.started(children.command, "run", str(again / "crash.yaml"), log=again / "log")
+        output = children.ended(process, again / "log")
+    assert process.exitcode == 2
     assert f"{again / 'run'} is in use by another sparsekit process" in output
     assert before == {path: path.stat().st_mtime_ns for path in (again / "run").rglob("*") if path.is_file()}
 

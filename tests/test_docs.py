@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import children
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -64,14 +63,15 @@ def with_examples() -> list[Path]:
     return [path for path in PAGES if any(each.how != "skip" for each in examples(path))]
 
 
-def test_generated_parts_are_fresh():
+def test_generated_parts_are_fresh(tmp_path, monkeypatch):
     """In a process of its own: other tests register methods and formats, which the pages would list."""
     files = [str(path) for path in PAGES if "[[[cog" in path.read_text()]
     assert len(files) > 10
     prologue = ["-I", "scripts", "-p", "import cog, figures, generated, headlines"]
-    command = [sys.executable, "-m", "cogapp", "--check", *prologue, *files]
-    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert checked.returncode == 0, f"make docs-write brings these up to date:\n{checked.stdout}{checked.stderr}"
+    monkeypatch.chdir(ROOT)
+    process = children.started(children.module, "cogapp", "--check", *prologue, *files, log=tmp_path / "log")
+    output = children.ended(process, tmp_path / "log")
+    assert process.exitcode == 0, f"make docs-write brings these up to date:\n{output}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

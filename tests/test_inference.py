@@ -6,13 +6,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
+import children
 import families
 import pytest
 import torch
@@ -628,14 +627,15 @@ def test_chat_puts_the_prompt_into_the_template(tiny, tmp_path):
     assert chat[:2] != call(tiny / "dense", "--prompt", "Who?", "--max-tokens", 8)[:2]
 
 
-def test_ctrl_c_ends_it(tiny):
-    command = [sys.executable, "-m", "sparsekit", "generate", str(TINY), "--prompt", "a", "--max-tokens", "1000"]
-    environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
-    first = process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    rest, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert time.monotonic() - begun < 30
-    assert first and rest.endswith("\n") and told.strip() == "stopped"
+def test_ctrl_c_ends_it(tmp_path):
+    log, asked = tmp_path / "log", ("generate", str(TINY), "--prompt", "a", "--max-tokens", "1000")
+    process = children.started(children.command, *asked, log=log)
+    while not (log.exists() and log.read_text()):
+        assert process.is_alive(), children.said(log)
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=30)
+    assert process.exitcode == 130
+    text = log.read_text()
+    assert len(text) > 1 and text.endswith("\n")
+    assert children.errors_of(log).read_text().strip() == "stopped"

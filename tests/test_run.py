@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from click.testing import CliRunner
@@ -24,7 +22,7 @@ output: {output}
 model: {{path: {model}}}
 data:
   calibration: {{path: builtin:calibration, samples: 8, seq_len: 32}}
-  train: {{path: builtin:train, seq_len: 32, samples: 64}}
+  train: {{path: builtin:train, seq_len: 32, samples: 32}}
   evaluation:
     heldout: {{path: builtin:heldout, seq_len: 32, samples: 16}}
 steps:
@@ -32,7 +30,7 @@ steps:
 evaluate: {{perplexity: [heldout]}}
 export: {{formats: [{formats}]}}
 """
-AST = '  - {method: ast, pattern: "2:4", tokens: 2048, batch: 4, micro_batch: 2, mask_every: 2, checkpoint_every: 2}\n'
+AST = '  - {method: ast, pattern: "2:4", tokens: 1024, batch: 4, micro_batch: 2, mask_every: 2, checkpoint_every: 2}\n'
 SPARSEGPT = '  - {method: sparsegpt, pattern: "2:4"}\n'
 GPTQ = "  - {method: gptq, bits: 4, group_size: 16}\n"
 
@@ -117,42 +115,35 @@ def test_damaged_step_is_redone_to_the_same_bits(tmp_path, random_model):
     assert weights(tmp_path / "run") == before
 
 
-def start(recipe: Path) -> subprocess.Popen[bytes]:
-    code = textwrap.dedent(f"""
-        import torch; torch.set_num_threads(1)
-        from sparsekit.cli import main; main(["run", {str(recipe)!r}])
-    """)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 @pytest.mark.parametrize("moment", ["ast", "gptq"])
 def test_killed_run_continues_to_the_same_bits(tmp_path, random_model, moment):
     whole = write(tmp_path, random_model, AST + GPTQ, "whole")
     run(whole)
     recipe = write(tmp_path, random_model, AST + GPTQ, "killed")
-    process = start(recipe)
+    process = children.started(children.command, "run", str(recipe), log=tmp_path / "log")
     steps = tmp_path / "killed" / "steps"
     waited_for = {"ast": "1-ast-*/checkpoint/*", "gptq": "2-gptq-*/block-0000.json"}[moment]
     deadline = time.monotonic() + 120
     while not list(steps.glob(waited_for)):
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.is_alive(), children.said(tmp_path / "log")
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.join()
     assert not (tmp_path / "killed" / "report.json").exists()
     run(recipe)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 def test_interrupt_exits_130_with_a_plain_message(tmp_path, random_model):
-    process = start(write(tmp_path, random_model, AST + GPTQ))
+    recipe, log = write(tmp_path, random_model, AST + GPTQ), tmp_path / "log"
+    process = children.started(children.command, "run", str(recipe), log=log)
     while not list((tmp_path / "run" / "steps").glob("1-ast-*/checkpoint/*")):
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.is_alive(), children.said(log)
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate()[0].decode()
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    output = children.ended(process, log)
+    assert process.exitcode == 130
     assert "run the same command to continue" in output
     assert "Traceback" not in output
 

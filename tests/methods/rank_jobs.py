@@ -1,10 +1,9 @@
-"""What the ranks of `test_ast_ranks.py` do; started by torch.distributed.run with DIRECTORY as its argument."""
+"""What the ranks of `test_ast_ranks.py` do."""
 
 import hashlib
 import json
-import sys
+import os
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -80,14 +79,12 @@ def stopped(directory, world=ALONE, **options):
     raise AssertionError("the run was to be stopped")
 
 
-def main(directory):
-    torch.set_num_threads(1)
+def ranked(rank, port, directory):
+    """The work of one rank of two, which meet at a port as `torch.distributed.run` would let them."""
+    meet = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in meet.items()}
     world = World.join("cpu")
     finished(directory / "two", world)
     stopped(directory / "two-then-one", world)
     finished(directory / "one-then-two", world)
     stopped(directory / "bits-two-then-one", world, **BITS)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

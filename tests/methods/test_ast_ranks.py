@@ -1,17 +1,13 @@
 """AST on several processes: the same losses, masks and checkpoints as in one. Needs no GPU: gloo, float64."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
+import children
 import pytest
 import torch
-from rank_jobs import BITS, KEPT, finished, stopped
+from rank_jobs import BITS, KEPT, finished, ranked, stopped
 from safetensors.torch import load_file
-
-JOBS = Path(__file__).with_name("rank_jobs.py")
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +18,13 @@ def runs(tmp_path_factory):
         (directory / name / "checkpoint").mkdir(parents=True)
     finished(directory / "one")
     stopped(directory / "one-then-two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(JOBS), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, JOBS.parents[:2]))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout.decode()[-4000:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    logs = [directory / f"rank-{rank}.log" for rank in range(2)]
+    ranks = [children.started(ranked, rank, port, directory, log=log) for rank, log in enumerate(logs)]
+    for process, log in zip(ranks, logs, strict=True):
+        output = children.ended(process, log)
+        assert process.exitcode == 0, output[-4000:]
     finished(directory / "two-then-one")
     finished(directory / "bits-one", **BITS)
     finished(directory / "bits-two-then-one", **BITS)
