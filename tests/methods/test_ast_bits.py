@@ -20,6 +20,7 @@ from sparsekit.training.optim import Rule, SparseAdamW, Step
 from sparsekit.verify import verified
 
 SEARCHED = 5
+SHORT = AST.replace("tokens: 1024", "tokens: 256")  # two steps, and a choice of masks and grids after the second
 TWO_OF_FOUR, DENSE = Pattern(2, 4), Pattern.unstructured(0.0)
 INT4 = {**SETTING, "bits": 4, "group_size": 8}
 ODD2 = {**SETTING, "bits": 2, "levels": "odd", "group_size": 8}
@@ -59,7 +60,7 @@ def same(a, b):
 @pytest.mark.parametrize("setting", ARMS.values(), ids=ARMS.keys())
 def test_the_integers_are_what_the_student_computes_with(tmp_path, setting):
     job = make_job(tmp_path)
-    trained = ast(job, **setting)
+    trained = ast(job, **{**setting, "tokens": 12 * 64})
     modules = dict(job.student.named_modules())
     odd = setting.get("levels") in ("odd", "six")
     for name, state in trained.linears.items():
@@ -332,7 +333,7 @@ def test_a_step_with_bits_is_the_quantizer(tmp_path):
 
 
 def test_a_run_reports_evaluates_and_exports_the_integers(tmp_path, random_model):
-    step = AST.replace("ast,", "ast, bits: 2, levels: odd, group_size: 16,")
+    step = SHORT.replace("ast,", "ast, bits: 2, levels: odd, group_size: 16,")
     run(write(tmp_path, random_model, step, formats="gptq, sparsekit-24-compact"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"][0]["violations"] == 0
@@ -358,7 +359,7 @@ def logits(directory):
 )
 def test_rivals_without_a_pattern_are_stored_in_their_bits(tmp_path, random_model, keys, bits, of_codes):
     """Trained, reported, exported, and the export opened again computes the same."""
-    step = AST.replace("ast,", f"ast, {keys}, sparsity: 0, group_size: 64,")
+    step = SHORT.replace("ast,", f"ast, {keys}, sparsity: 0, group_size: 64,")
     step = step.replace('pattern: "2:4", ', "")
     run(write(tmp_path, random_model, step, formats="dense, sparsekit-compact"))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
