@@ -178,18 +178,19 @@ def test_two_recipes_of_random_models_take_seconds(tmp_path, random_model):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "told", "values"),
     [
-        ({"seed": 1}, "the seed of two"),
-        ({"samples": 5}, "the calibration text of two"),
-        ({"windows": 9}, "the evaluation texts of two"),
+        ({"seed": 1}, "the seed of two", "differ: 1 and 0"),
+        ({"samples": 5}, "the calibration text of two", 'differ: {"samples": 5} and {"samples": 4}'),
+        ({"windows": 9}, "the evaluation texts of two", '{"heldout": {"samples": 9}} and {"heldout": {"samples": 8}}'),
     ],
 )
-def test_recipes_that_differ_are_refused_with_both_places(tmp_path, random_model, changes, told):
+def test_recipes_that_differ_are_refused_with_both_places(tmp_path, random_model, changes, told, values):
     one = write(tmp_path / "one.yaml", random_model, WANDA)
     two = write(tmp_path / "two.yaml", random_model, WANDA, **changes)
     output = compare(one, two, "--out", tmp_path / "out", code=2)
     assert f"cannot be compared: {told}" in output
+    assert values in output
     assert f"{one}:" in output
     assert f"error: {two}:" in output
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from sparsekit.reporting.charts import place, short_names
 from sparsekit.reporting.findings import headline, no_gains, paired_change
 from sparsekit.reporting.numerals import change, duration, megabytes, percent, perplexity, short, significant
 from sparsekit.reporting.report import html, markdown, plain, write_report
-from sparsekit.reporting.tasks import metrics, task_table
+from sparsekit.reporting.tasks import main_metrics, metrics, task_table
 from sparsekit.terminal.console import Terminal
 from sparsekit.terminal.console import duration as console_duration
 
@@ -223,6 +223,16 @@ def test_tasks_of_a_run_are_tested_document_by_document():
     with (console := Console(width=100)).capture() as capture:
         Terminal(console).closed({**make_report(), "tasks": tasks}, {})
     assert "piqa" in capture.get()
+
+
+def test_a_task_with_a_perplexity_is_judged_by_its_accuracy():
+    scores = {"lambada": {"perplexity": 142185.5, "perplexity_stderr": 217326.4, "acc": 0.25, "acc_stderr": 0.1}}
+    assert main_metrics(scores) == [("lambada", "acc")]
+    rows = [[cell.text for cell in row] for row in task_table({"dense": scores}).rows]
+    assert rows == [
+        ["lambada", "perplexity", "142,185.50 ± 217,326.40", "–", "–"],
+        ["lambada", "acc", "0.2500 ± 0.1000", "–", "–"],
+    ]
 
 
 def test_metrics_of_lm_eval():

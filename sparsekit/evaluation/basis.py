@@ -115,10 +115,19 @@ def differs(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
 
 def _told(key: str, one: Based, other: Based) -> str:
     """A difference in one line, with what the recipes say where they say different things."""
-    says, said = (_setting(arm.settings, key) for arm in (one, other))
+    says, said = _apart(*(_setting(arm.settings, key) for arm in (other, one)))
     values = f": {_shown(says)} and {_shown(said)}" if says != said else "; the recipes agree, the content does not"
     here, there = one.where(*PLACES[key]), other.where(*PLACES[key])
-    return f"{WORDS[key]} of {other.name} ({there}) differ from those of {one.name} ({here}){values}"
+    return f"{WORDS[key]} of {other.name} ({there}) and of {one.name} ({here}) differ{values}"
+
+
+def _apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two settings without what they have in common."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return one, other
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    pairs = {key: _apart(one.get(key), other.get(key)) for key in keys}
+    return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
 
 def _setting(settings: Mapping[str, Any], key: str) -> Any:

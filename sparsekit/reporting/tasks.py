@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsekit.evaluation.paired import task_tests
-from sparsekit.reporting.numerals import significant
+from sparsekit.reporting.numerals import perplexity, significant
 from sparsekit.reporting.tables import NONE, Cell, Column, Table, Tone, numbers
 
 Record = Mapping[str, Any]
@@ -58,7 +58,7 @@ def tasks_table(comparison: Record) -> Table | None:
 
 
 def main_metrics(scores: Record) -> list[tuple[str, str]]:
-    """For each task the metric to show: `acc_norm` of tasks that have it, else the first; parts of groups left out."""
+    """For each task the metric to show: `acc_norm`, else `acc`, else the first; parts of groups left out."""
     parts = {
         name
         for found in scores.values()
@@ -70,7 +70,9 @@ def main_metrics(scores: Record) -> list[tuple[str, str]]:
     for (task, metric), _ in metrics(scores):
         if task not in parts:
             by_task.setdefault(task, []).append(metric)
-    return [(task, "acc_norm" if "acc_norm" in names else names[0]) for task, names in by_task.items()]
+    return [
+        (task, next(name for name in ("acc_norm", "acc", *names) if name in names)) for task, names in by_task.items()
+    ]
 
 
 def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record) -> list[Cell]:
@@ -82,7 +84,7 @@ def _task_cells(chosen: Sequence[tuple[str, str]], scores: Record, tests: Record
             cells.append(NONE)
             continue
         level, spread = value
-        text = f"{level:.3f}" if spread is None else f"{level:.3f} ± {spread:.3f}"
+        text = _figure(level, spread)
         test = tests.get(task, {}).get(metric)
         title = str(level)
         tone: Tone = ""
@@ -98,7 +100,13 @@ def _measured(value: tuple[float, float | None] | None) -> Cell:
     if value is None:
         return NONE
     level, spread = value
-    return Cell(f"{level:.4f}" if spread is None else f"{level:.4f} ± {spread:.4f}", str(level))
+    return Cell(_figure(level, spread, 4), str(level))
+
+
+def _figure(level: float, spread: float | None, decimals: int = 3) -> str:
+    """An accuracy or a perplexity with its standard error."""
+    written = perplexity if level > 1 else f"{{:.{decimals}f}}".format
+    return written(level) if spread is None else f"{written(level)} ± {written(spread)}"
 
 
 def metrics(scores: Record) -> Iterable[tuple[tuple[str, str], tuple[float, float | None]]]:
