@@ -29,7 +29,7 @@ from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_
 from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
-from sparsekit.planning.microbench import Bench, _extrapolated
+from sparsekit.planning.microbench import Bench, Files, _extrapolated
 from sparsekit.planning.reading import SAMPLE, tokens_of
 from sparsekit.planning.training_memory import branch_parameters, training_moments
 from sparsekit.recipe import Recipe, read_recipe
@@ -331,7 +331,8 @@ def test_what_does_not_fit_the_budget_is_extrapolated(random_model, tmp_path):
     assert bench.notes
 
 
-def test_files_are_written_while_the_next_block_is_worked_on():
-    assert _overlapped(8.0, 4.0, 4) == pytest.approx(9.0)  # but for the last block's
-    assert _overlapped(1.0, 4.0, 4) == pytest.approx(4.0)
-    assert _overlapped(8.0, 4.0, 1) == pytest.approx(12.0)  # training writes at its end
+def test_files_are_read_and_written_while_another_block_is_worked_on():
+    files = Files(constant=0.0, written=3e-9, read=1e-9)  # 3 s and 1 s
+    assert _overlapped(8.0, files, 4, 10**9) == pytest.approx(9.0)  # the first is read and the last written alone
+    assert _overlapped(1.0, files, 4, 10**9) == pytest.approx(3.0)  # a thread reads while another one writes
+    assert _overlapped(0.0, Files(constant=1.0, written=0.0, read=0.0), 4, 10**9) == pytest.approx(4.0)

@@ -160,6 +160,7 @@ def find_setting(storage: Layouts, blocks: Iterable[tuple[BlockState, set[str]]]
                 if reason := fused or storage.obstacle(state, option):
                     problems.setdefault(option, {})[state.name] = reason
         complete &= all(state.quantized is not None for state in block.linears.values())
+        del block  # the next one is made in its room
     options = [option for _, symmetric in grids for option in storage.layouts(symmetric)]
     options = options if layout == "auto" else [layout]
     chosen = next((option for option in options if option not in problems), options[-1]) if grids else layout

@@ -102,7 +102,10 @@ def export_as(
     branches = branches_of(blocks, view.form, len(view.blocks), opened=storage is None)
     with staged(directory, view.path) as target:
         writer = _Writer(ShardWriter(target, max_shard, "model" if storage is None else storage.stem), tally)
-        left_dense = _write_blocks(view, blocks, patterns or {}, writer, storage, setting)
+        about = patterns or {}, writer, storage, setting
+        left_dense = [
+            name for index in range(len(view.blocks)) for name in _write_block(view, index, blocks(index), *about)
+        ]
         writer.dense(_untied(view.rest_to_hf()))
         extra: dict[str, Any] = {}
         if storage is not None and setting is not None:
@@ -142,33 +145,31 @@ def _written(storage_format: Format, setting: Setting) -> str:
     return setting.layout if setting.layout.startswith(storage_format.name) else storage_format.name
 
 
-def _write_blocks(
+def _write_block(
     view: ExportedModel,
-    blocks: Blocks,
+    index: int,
+    block: BlockState,
     patterns: Mapping[str, Pattern],
     writer: _Writer,
     storage: Storage | None,
     setting: Setting | None,
 ) -> list[str]:
-    """Write every block; returns the linears that are not stored as integers."""
-    left_dense: list[str] = []
-    for index, block in enumerate(map(blocks, range(len(view.blocks)))):
-        dense: dict[str, LinearState] = {}
-        for linear, stored in block.linears.items():
-            state, told = _integers_on(view.device, stored), None
-            writer.tally.record(state, patterns.get(linear))
-            if storage is None or setting is None or state.quantized is None:
-                dense[linear] = stored
-                writer.tally.add_left(stored.source.numel(), view.dtype.itemsize)
-            else:
-                packed = storage.pack(state.quantized, setting.layout, state.mask)
-                writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
-                told = storage.mask(packed)
-            if state.mask is not None and (told is None or not torch.equal(told, state.mask)):
-                writer.tally.add_mask(linear, state.mask)
-        left_dense += dense
-        writer.dense(view.to_hf(index, BlockState(dense, block.params)))
-    return left_dense
+    """Write a block; returns its linears that are not stored as integers."""
+    dense: dict[str, LinearState] = {}
+    for linear, stored in block.linears.items():
+        state, told = _integers_on(view.device, stored), None
+        writer.tally.record(state, patterns.get(linear))
+        if storage is None or setting is None or state.quantized is None:
+            dense[linear] = stored
+            writer.tally.add_left(stored.source.numel(), view.dtype.itemsize)
+        else:
+            packed = storage.pack(state.quantized, setting.layout, state.mask)
+            writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
+            told = storage.mask(packed)
+        if state.mask is not None and (told is None or not torch.equal(told, state.mask)):
+            writer.tally.add_mask(linear, state.mask)
+    writer.dense(view.to_hf(index, BlockState(dense, block.params)))
+    return list(dense)
 
 
 def _integers_on(device: torch.device, state: LinearState) -> LinearState:
@@ -259,8 +260,11 @@ class _Writer:
 
 def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockState, set[str]]]:
     """Every block with the names its weights get, those of fused tensors left out."""
-    for block in map(blocks, range(len(view.blocks))):
-        yield block, {f"{name}.weight" for name in block.linears if view.form(name) != "expert"}
+    for index in range(len(view.blocks)):
+        block = blocks(index)
+        names = {f"{name}.weight" for name in block.linears if view.form(name) != "expert"}
+        yield block, names
+        del block
 
 
 def _untied(rest: Mapping[str, Tensor]) -> dict[str, Tensor]:

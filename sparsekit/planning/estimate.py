@@ -153,7 +153,7 @@ class Estimator:
             "device": device.as_dict(),
             "host": host.as_dict(),
             "disk": disk + kept,
-            "seconds": _overlapped(seconds, files.seconds(count, disk), 1 if model else count),
+            "seconds": seconds + files.seconds(count, disk) if model else _overlapped(seconds, files, count, disk),
         }
 
     def _walk(self, planned: PlannedStep) -> tuple[memory.Moment, memory.Moment, float]:
@@ -290,7 +290,8 @@ class Estimator:
                     yield f"{part['title']} needs {needed / 1e9:.1f} GB on the device, {free / 1e9:.1f} GB are free"
 
 
-def _overlapped(working: float, files: float, blocks: int) -> float:
-    """Seconds of a step whose blocks are read and written while the next one is worked on, but for one of them."""
-    share = files / blocks
-    return max(working, files - share) + share
+def _overlapped(working: float, files: Files, count: int, size: int) -> float:
+    """Seconds of a step over blocks: a thread reads one and another writes one while a third is worked on."""
+    alone = files.seconds(1, size // count)  # the first is read, the last is written, and nothing is worked on
+    writing, reading = count * files.constant + size * files.written, size * files.read
+    return max(working, writing - alone, reading - alone) + alone
