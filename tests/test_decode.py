@@ -6,7 +6,7 @@ from packed import random_packed
 from torch import Tensor
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import TOKEN_TILE, DecodeWeight, arrange, choose
+from sparsekit.kernels.decode import TOKEN_TILE, DecodeWeight, Device, arrange, choose
 
 
 def words(tensor: Tensor) -> list[int]:
@@ -94,12 +94,17 @@ def test_a_weight_takes_three_bits_and_its_scales() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32])
 @pytest.mark.parametrize("row_tiles", [1, 8, 24, 256, 512, 640, 768, 1376, 3584])
-@pytest.mark.parametrize(("processors", "shared"), [(132, 227), (108, 163), (82, 99)])  # H200, A100, RTX 3090
-def test_every_cut_can_run(tokens: int, row_tiles: int, processors: int, shared: int) -> None:
+@pytest.mark.parametrize(
+    "device",
+    [Device(132, 227 * 1024, True), Device(108, 163 * 1024, False), Device(82, 99 * 1024, False)],
+    ids=["H200", "A100", "RTX 3090"],
+)
+def test_every_cut_can_run(tokens: int, row_tiles: int, device: Device) -> None:
     for sparse, group_size in ((True, 128), (True, 32), (False, 128), (False, 32)):
         unit = 4 * arrange(random_packed(16, 128, group_size, sparse)).units.shape[2]
-        cut = choose(tokens, row_tiles, unit, processors, 1024 * shared)
+        cut = choose(tokens, row_tiles, unit, device)
         assert cut.threads <= 512
-        assert cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) <= 1024 * shared
+        assert cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) <= device.shared
+        assert cut.split == 1 or device.clusters
         assert cut.stages >= 2
         assert cut.row_warps == 1 or cut.input_warps < 16, "named barriers"

@@ -26,27 +26,31 @@ from decode import SHAPES, linears_of
 from decode_linears import ROTATE, measure, random_packed
 
 from sparsekit.kernels import decode
-from sparsekit.kernels.decode import TOKEN_TILE, Setting, arrange, multiply
+from sparsekit.kernels.decode import TOKEN_TILE, Device, Setting, arrange, multiply
 
 REGISTERS = 65536
-FLIGHT = (14 * 1024, 110 * 1024)  # bytes on their way to a multiprocessor, least and most
+FLIGHT = (14 * 1024, 160 * 1024)  # bytes on their way to a multiprocessor, least and most
 BUSY = 0.8  # tiles of rows over those that the busiest multiprocessor has, times multiprocessors
-MOST = 64  # settings of a case that are timed
+MOST = 130  # settings of a case that are timed
 
 
-def settings(token_tiles: int, tiles: int, unit: int, processors: int, shared: int) -> Iterator[tuple[float, Setting]]:
+def settings(token_tiles: int, tiles: int, unit: int, device: Device) -> Iterator[tuple[float, Setting]]:
     """Settings worth a try, with the share of time that multiprocessors are busy."""
-    rows, inputs = (1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 6, 8, 12, 16)
-    for m, wr, wk, blocks, stages in itertools.product((1, 2, 3, 4, 5, 6), rows, inputs, (1, 2, 3, 4), (2, 3, 4)):
-        cut = Setting(m, wr, wk, blocks, stages)
-        count = -(-tiles // (m * wr))
-        busy = tiles / (processors * -(-count // processors) * m * wr)
+    rows, inputs = (1, 2, 3, 4, 5, 6, 7, 9, 14), (1, 2, 3, 4, 6, 8, 12, 16)
+    tiles_of_warp, splits = ((1, 2, 3, 4, 5, 6), (1,)) if token_tiles == 1 else ((1, 2, 3, 4, 6, 8), (1, 2, 4))
+    splits = splits if device.clusters else (1,)
+    every = itertools.product(tiles_of_warp, rows, inputs, (1, 2, 3, 4), (2, 3, 4), splits)
+    for m, wr, wk, blocks, stages, split in every:
+        cut = Setting(m, wr, wk, blocks, stages, split)
+        count = -(-tiles // (m * wr)) * split
+        processors = device.processors
+        busy = tiles * split / (processors * -(-count // processors) * m * wr)
         registers = 48 + 4 * m * token_tiles + 16 * token_tiles
         fits = (
             64 <= cut.threads <= 1024 // blocks
             and (wr == 1 or wk < 16)
-            and m * token_tiles <= 8
-            and cut.shared_bytes(token_tiles, unit) * blocks <= shared
+            and m * token_tiles <= 16
+            and cut.shared_bytes(token_tiles, unit) * blocks <= device.shared
             and registers * cut.threads * blocks <= REGISTERS
             and (blocks == 1 or count > processors * (blocks - 1))
         )
@@ -62,9 +66,9 @@ def tuned(out: int, columns: int, batch: int, pool: ThreadPoolExecutor) -> dict[
     ]
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
     tiles, _, words = weights[0].units.shape
-    token_tiles, unit, (processors, shared) = -(-batch // TOKEN_TILE), 4 * words, decode._device(x.device)
-    now = decode.choose(batch, tiles, unit, processors, shared)
-    found = list(settings(token_tiles, tiles, unit, processors, shared))
+    token_tiles, unit, device = -(-batch // TOKEN_TILE), 4 * words, decode._device(x.device)
+    now = decode.choose(batch, tiles, unit, device)
+    found = list(settings(token_tiles, tiles, unit, device))
     random.Random(0).shuffle(found)
     cuts = [now, *(cut for _, cut in sorted(found, key=lambda each: -round(each[0], 1))[:MOST])]
 

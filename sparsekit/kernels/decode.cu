@@ -7,6 +7,7 @@
 //   NT       tiles of 8 tokens
 //   WR, WK   warps of a block along the rows and along the inputs
 //   STAGES   units of a warp that are in shared memory or on their way there
+//   SPLIT    blocks that share rows and take part of the inputs each, a cluster; compute capability 9.0 for more than 1
 //   GROUPS   scales of a row in 128 inputs: 1, 2 or 4
 //   BLOCKS   blocks that shall fit a multiprocessor at once, which limits registers
 //
@@ -245,14 +246,35 @@ union Shared {
 };
 extern __shared__ uint4 pool[];
 
-// Each block has ROWS rows for itself; its warps along the inputs take turns at the units. Tiles of rows that the last
-// block has too many are the last tile again, and their results are dropped.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
+#if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+// Wait for all threads of the cluster; what they wrote to shared memory can be seen then.
+static __device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// A number in the shared memory of a block of the cluster, at this block's address of its own.
+static __device__ __forceinline__ float of_block(const float* at, int block) {
+    u32 there;
+    float value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there));
+    return value;
+}
+
+// Each cluster has ROWS rows for itself; the warps along the inputs, of all its blocks, take turns at the units. Tiles
+// of rows that the last cluster has too many are the last tile again, and their results are dropped.
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) decode(
     const u32* __restrict__ weights, const u16* __restrict__ x, u16* __restrict__ y, int rows, int units, int tokens,
     int columns) {
     Shared& shared = *(Shared*)pool;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wr = warp % WR, wk = warp / WR;
-    const int first = (blockIdx.x * WR + wr) * MT, last = (rows + 15) / 16 - 1;
+    const int part = blockIdx.x % SPLIT, cluster = blockIdx.x / SPLIT, turns = SPLIT * WK, turn = part * WK + wk;
+    const int first = (cluster * WR + wr) * MT, last = (rows + 15) / 16 - 1;
 
     float sums[MT][NT][4];
 #pragma unroll
@@ -277,20 +299,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
         asm volatile("cp.async.commit_group;");
     };
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage, wk + stage * WK);
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage, turn + stage * turns);
 #if AHEAD
     const auto read = [&](int unit) { return load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane); };
-    Inputs given = read(wk);
+    Inputs given = read(turn);
 #endif
     int stage = 0;
-    for (int unit = wk; unit < units; unit += WK) {
+    for (int unit = turn; unit < units; unit += turns) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
         if (AHEAD || WR == 1) __syncwarp();
         else asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");  // of the warps with these inputs
-        fetch(stage == 0 ? STAGES - 1 : stage - 1, unit + (STAGES - 1) * WK);
+        fetch(stage == 0 ? STAGES - 1 : stage - 1, unit + (STAGES - 1) * turns);
         u32 b[4][NT][4];
 #if AHEAD
-        const Inputs after = read(unit + WK);
+        const Inputs after = read(unit + turns);
 #pragma unroll
         for (int k = 0; k < 4; k++) operand(b[k][0], given.values[k], lane);
         given = after;
@@ -315,13 +337,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode(
             for (int i = 0; i < 4; i++)
                 shared.parts[wk][8 * n + 2 * (lane & 3) + (i & 1)][16 * (wr * MT + m) + (lane >> 2) + 8 * (i >> 1)] = sums[m][n][i];
     __syncthreads();
-    for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) {
-        const int token = at / ROWS, row = at % ROWS;
+    const auto of_warps = [&](int at) {
         float sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < WK; k++) sum += shared.parts[k][token][row];
-        if (blockIdx.x * ROWS + row < rows) y[(long)token * rows + blockIdx.x * ROWS + row] = narrow(sum);
+        for (int k = 0; k < WK; k++) sum += (&shared.parts[k][0][0])[at];
+        return sum;
+    };
+#if SPLIT > 1
+    float* own = &shared.parts[0][0][0];
+    for (int at = threadIdx.x; at < tokens * ROWS; at += THREADS) own[at] = of_warps(at);
+    cluster_barrier();
+    const auto whole = [&](int at) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int block = 0; block < SPLIT; block++) sum += of_block(own + at, block);
+        return sum;
+    };
+#else
+    const auto whole = of_warps;
+#endif
+    for (int at = part * THREADS + threadIdx.x; at < tokens * ROWS; at += SPLIT * THREADS) {
+        const int row = cluster * ROWS + at % ROWS;
+        const float sum = whole(at);
+        if (row < rows) y[(long)(at / ROWS) * rows + row] = narrow(sum);
     }
+#if SPLIT > 1
+    cluster_barrier();  // nobody leaves while its sums are read
+#endif
 }
 
 // The weight in full, [rows, columns], from one warp a unit; grid (tiles of 16 rows, units / warps of a block).

@@ -39,6 +39,8 @@ class Setting(NamedTuple):
         input_warps: Warps of a block along the inputs.
         blocks: Blocks that shall fit a multiprocessor at once, which limits their registers.
         stages: Units of a warp that are in shared memory or on their way there.
+        split: Blocks that share rows and take part of the inputs each, so that inputs go to fewer places: a cluster,
+            which needs compute capability 9.0.
     """
 
     row_tiles: int
@@ -46,6 +48,7 @@ class Setting(NamedTuple):
     input_warps: int
     blocks: int
     stages: int
+    split: int = 1
 
     @property
     def rows(self) -> int:
@@ -69,9 +72,24 @@ class Setting(NamedTuple):
         return self.input_warps * max(self.stages * coming, 4 * tokens * self.rows)
 
 
+class Device(NamedTuple):
+    """What a cut depends on.
+
+    Attributes:
+        processors: Multiprocessors.
+        shared: Bytes of shared memory that a block may have.
+        clusters: Blocks of a cluster can read one another's shared memory.
+    """
+
+    processors: int
+    shared: int
+    clusters: bool
+
+
 # For so many tokens at most, and so many tiles of rows for each multiprocessor at most, what was best on an H200 for
 # the linears of Llama 7B and 70B (decode_h200.json): one block for each multiprocessor, with all of its rows, as long
-# as their sums fit its registers.
+# as their sums fit its registers. With 16 tokens inputs are half as many bytes as weights or more, and a cluster of two
+# reads them once for twice the rows.
 MANY = 1 << 30
 CUTS = {
     8: {
@@ -80,17 +98,17 @@ CUTS = {
         3: Setting(3, 1, 16, 1, 2),
         4: Setting(4, 1, 16, 1, 2),
         5: Setting(5, 1, 12, 1, 2),
-        6: Setting(3, 1, 6, 2, 2),
-        16: Setting(6, 1, 6, 1, 2),
-        MANY: Setting(4, 2, 2, 1, 3),
+        6: Setting(3, 2, 6, 1, 2),
+        16: Setting(3, 1, 4, 2, 2),
+        MANY: Setting(4, 1, 2, 3, 3),
     },
     16: {
-        2: Setting(2, 1, 8, 1, 3),
-        4: Setting(4, 1, 12, 1, 2),
-        5: Setting(3, 2, 8, 1, 2),
-        6: Setting(2, 3, 4, 1, 4),
+        2: Setting(2, 2, 4, 1, 4, split=2),
+        4: Setting(2, 4, 4, 1, 4, split=2),
+        5: Setting(2, 5, 3, 1, 2, split=2),
+        6: Setting(3, 2, 6, 1, 2),
         16: Setting(3, 4, 3, 1, 2),
-        MANY: Setting(4, 2, 1, 2, 3),
+        MANY: Setting(2, 4, 1, 2, 4, split=2),
     },
     32: {
         1: Setting(1, 1, 2, 1, 3),
@@ -169,12 +187,12 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
         return torch.cat([multiply(x[start : start + AT_ONCE], weight, setting) for start in starts])
     tokens, (out, columns) = x.shape[0], weight.shape
     row_tiles, units, words = weight.units.shape
-    cut = setting or choose(tokens, row_tiles, 4 * words, *_device(x.device))
+    cut = setting or choose(tokens, row_tiles, 4 * words, _device(x.device))
     x, y = x.contiguous(), x.new_empty(tokens, out)
     token_tiles = -(-tokens // TOKEN_TILE)
     shared = cut.shared_bytes(token_tiles, 4 * words)
     kernel = _kernel("decode", x.dtype, weight.sparse, weight.scales, token_tiles, cut, x.device, shared)
-    grid = (-(-row_tiles * ROW_TILE // cut.rows), 1, 1)
+    grid = (-(-row_tiles * ROW_TILE // cut.rows) * cut.split, 1, 1)
     kernel(grid, (cut.threads, 1, 1), [weight.units, x, y, out, units, tokens, columns], shared)
     return y
 
@@ -196,22 +214,21 @@ def expand(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
     return full
 
 
-def choose(tokens: int, row_tiles: int, unit: int, processors: int, shared: int) -> Setting:
+def choose(tokens: int, row_tiles: int, unit: int, device: Device) -> Setting:
     """How to cut a product.
 
     Args:
         tokens: At most `AT_ONCE`.
         row_tiles: Tiles of 16 rows.
         unit: Bytes of a unit.
-        processors: Multiprocessors of the device.
-        shared: Bytes of shared memory that a block may have.
+        device: Where.
     """
-    share = -(-row_tiles // processors)
+    share = -(-row_tiles // device.processors)
     cuts = next(cuts for most, cuts in CUTS.items() if tokens <= most)
     cut = next((cut for most, cut in cuts.items() if share <= most), cuts[MANY])
-    while cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) > shared and cut.input_warps > 1:
+    while cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) > device.shared and cut.input_warps > 1:
         cut = cut._replace(input_warps=cut.input_warps - 1)
-    return cut
+    return cut if device.clusters else cut._replace(split=1)
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -291,10 +308,10 @@ def _scale_words(packed: PackedWeight, rows: int, inputs: int, scales: int) -> T
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and the bytes of shared memory that a block may have."""
+def _device(device: torch.device) -> Device:
     about = torch.cuda.get_device_properties(device)
-    return about.multi_processor_count, about.shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
+    shared: int = about.shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]
+    return Device(about.multi_processor_count, shared, about.major >= 9)
 
 
 @lru_cache
@@ -317,6 +334,7 @@ def _kernel(
         "WR": cut.row_warps,
         "WK": cut.input_warps,
         "STAGES": cut.stages,
+        "SPLIT": cut.split,
         "GROUPS": scales,
         "BLOCKS": cut.blocks,
     }

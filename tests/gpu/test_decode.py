@@ -15,6 +15,7 @@ CUTS = [
     Setting(1, 4, 2, 3, 3),
     Setting(2, 2, 2, 1, 2),
     Setting(3, 1, 4, 1, 4),
+    Setting(2, 2, 2, 1, 2, split=2),
 ]  # each is compiled for every count of eight tokens
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of the norm; the result is rounded to the dtype
 
@@ -30,6 +31,8 @@ def test_products_are_right_and_repeat(
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         expected = x.double() @ full.T
         for cut in CUTS:
+            if cut is not None and cut.split > 1 and torch.cuda.get_device_capability() < (9, 0):
+                continue
             found = multiply(x, weight, cut)
             assert (found.double() - expected).norm() <= BOUND[dtype] * expected.norm(), (tokens, cut)
             assert torch.equal(found, multiply(x, weight, cut)), (tokens, cut)
