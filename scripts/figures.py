@@ -251,7 +251,7 @@ def ast_ablation() -> str:
 
 def ast_cost() -> str:
     """What AST's step takes beside a plain dense distillation step, and its parts beside their plain forms."""
-    found = measured("training_h100")
+    found = measured("training")
     lines = ["| | measured | beside |", "|---|---|---|"]
     for name, shape in (
         ("base", "models/base, 131,072 tokens a step"),
@@ -280,9 +280,12 @@ def ast_cost() -> str:
     return "\n".join(lines) + "\n"
 
 
+PLANNED = {"base": "models/base", "llama1b": "1.2 B"}
+
+
 def plan() -> str:
     """What `sparsekit plan` predicted beside what the runs took."""
-    found = measured("plan_h100")
+    found = measured("plan_h200")
     kinds = {"step memory": ("MB", 1e6), "scoring memory": ("MB", 1e6), "step seconds": ("s", 1.0)}
     lines = ["| | peak memory of the step | peak memory of scoring | seconds of the step |", "|---" * 4 + "|"]
     for run in found:
@@ -292,7 +295,8 @@ def plan() -> str:
             told, real = row["predicted"] / scale, row["measured"] / scale
             digits = 1 if unit == "s" else 0
             cells.append(f"{told:,.{digits}f} {unit}, was {real:,.{digits}f}: {row['ratio']:.2f}")
-        lines.append(f"| {run['recipe'].removeprefix('base-')} | {' | '.join(cells)} |")
+        model, _, step = run["recipe"].partition("-")
+        lines.append(f"| {PLANNED[model]}, {step} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
