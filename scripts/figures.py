@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,26 @@ def ast_quantized() -> str:
     found = measured("ast_quantized")
     titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for arm in sorted(found["arms"], key=lambda arm: -arm["bits_per_weight"]):
+    for arm in sorted(_first_seeds(found), key=lambda arm: -arm["bits_per_weight"]):
+        seeds = [other["perplexity"] for other in found["arms"] if _arm(other) == _arm(arm)]
         late = arm.get("quantize_from", 0.0)
         grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
         grid += f", lr {arm['lr']:g}" if "lr" in arm else ""  # another than the default
-        to_dense, bits = arm["perplexity"] - found["dense"], arm["bits_per_weight"]
+        mean, bits = statistics.fmean(seeds), arm["bits_per_weight"]
+        valid = f"{mean:.2f}" + (f" ({min(seeds):.2f} to {max(seeds):.2f}, {len(seeds)} seeds)" if seeds[1:] else "")
         lines.append(
-            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {arm['perplexity']:.2f} | {to_dense:+.2f} "
+            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {valid} | {mean - found['dense']:+.2f} "
             f"| {bits:.2f} | {32 / bits:.1f} × |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _first_seeds(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [arm for arm in found["arms"] if arm["seed"] == 0]
+
+
+def _arm(row: Mapping[str, Any]) -> tuple[str, float]:
+    return row["arm"], row["tokens"]
 
 
 def _grid(bits: int, levels: str) -> str:
@@ -181,7 +192,7 @@ def _front() -> list[tuple[str, str, float, float]]:
         points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
     points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for arm in trained["arms"]:
+    for arm in _first_seeds(trained):
         if arm["perplexity"] < LOST:
             key = (arm["pattern"], arm["bits"], arm["levels"], round(arm["tokens"] / 1e6))
             best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
