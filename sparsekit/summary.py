@@ -49,6 +49,7 @@ def summarise(
         "method": planned.step.method.name,
         "kind": planned.step.method.kind,
         "params": planned.step.params.model_dump(mode="json"),
+        **planned.step.taught,
         "source": planned.step.method.source,
         "plugins": planned.step.plugins,
         "pattern": ", ".join(patterns) or None,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from sparsekit.errors import RecipeError
 from sparsekit.listener import Silent
 from sparsekit.planning.estimate import Estimator
 from sparsekit.recipe import read_recipe
 from sparsekit.run import Run
+from sparsekit.terminal.console import Terminal
 
 ASSETS = Path(__file__).parents[1] / "sparsekit" / "assets"
 RECIPE = """\
@@ -74,6 +76,19 @@ def test_a_larger_teacher_trains(tmp_path, models, more):
     assert step["training"]["kl"] > 0
     other = Run.open(recipe(tmp_path, models, more), Silent()).plan.steps[0]
     assert planned.fingerprint != other.fingerprint
+    assert f"<td>{models / 'large'}</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_plan_names_the_teacher_and_says_the_budget_in_words(tmp_path, models):
+    path, console = tmp_path / "recipe.yaml", Console(width=400)
+    recipe(tmp_path, models, f", teacher: {models / 'large'}")
+    path.write_text(path.read_text().replace("tokens: 512", "budget: {minutes: 0.7}"))
+    run = Run.open(read_recipe(path), Silent())
+    with console.capture() as captured:
+        Terminal(console).planned(run.recipe, run.plan, run.view)
+    (line,) = (line for line in captured.get().splitlines() if "step 1" in line)
+    assert line.endswith(f"batch 4, micro_batch 2, teacher {models / 'large'}")
+    assert "budget minutes 0.7," in line
 
 
 def test_naming_the_model_itself_teaches_as_the_dense_original(tmp_path, models):

@@ -47,7 +47,7 @@ def _wrong(values: Mapping[str, Any]) -> tuple[str, str] | None:
     if values["tokens"] is None and values["budget"] is None:
         return "tokens", "ast needs tokens: 26.2M, or budget: {minutes: 30}"
     if values["tokens"] is not None and values["budget"] is not None:
-        return "budget", "ast has tokens and a budget; keep one"
+        return "budget", "ast has tokens and a budget of minutes; keep one"
     if values["flip_target"] is not None and not values["decay"]:
         return "flip_target", "flip_target steers the decay, and decay is 0"
     return _wrong_grids(values)
@@ -163,7 +163,8 @@ def ast(
             before has kept.
         tokens: Training tokens in all; decides the number of steps.
         budget: In place of tokens, `{minutes: 30}`: as many steps as fit, after measuring the first ones.
-            A run that is continued has the number of steps it began with.
+            A run that is continued has the number of steps it began with. In a recipe `{tokens: 26.2M}` is
+            another spelling of tokens.
         bits: Train integers: the model computes with kept weights rounded to a grid of so many bits, the
             gradient goes straight through, and the result needs no quantizer. None trains floats.
         group_size: Inputs of a row that share a step of the grid; -1 for one group a row.

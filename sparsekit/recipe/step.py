@@ -22,6 +22,7 @@ from sparsekit.method import Method
 from sparsekit.pattern import Pattern
 from sparsekit.recipe.yamllines import Keys, shown
 from sparsekit.registry import METHODS
+from sparsekit.training.schedule import Budget, Length
 from sparsekit.units import Fraction
 
 Schedule = Literal["block", "group"]
@@ -77,6 +78,11 @@ class Step:
         return {name: getattr(self.params, name) for name in type(self.params).model_fields}
 
     @property
+    def taught(self) -> dict[str, str]:
+        """`teacher` as a recipe writes it; nothing where it is the dense original."""
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    @property
     def plugins(self) -> list[dict[str, str]]:
         """The code it runs that did not come with sparsekit: method, file and sha256 of the file."""
         used = [self.method] if self.allocate is None else [self.method, self.allocate.method]
@@ -94,8 +100,7 @@ class Step:
         schedule = {"schedule": self.schedule} if has_schedule(self.method) else {}
         allocate = {} if self.allocate is None else {"allocate": self.allocate.as_dict()}
         gpus = {"gpus": self.gpus} if self.method.scope == "model" else {}
-        teacher = {} if self.teacher is None else {"teacher": self.teacher}
-        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate, **gpus, **teacher}
+        common = {"targets": self.targets, "ignore": self.ignore, **schedule, **allocate, **gpus, **self.taught}
         return {"method": self.method.name, **params, **common}
 
     @classmethod
@@ -114,6 +119,10 @@ class Step:
         values = {name: getattr(read, name) for name in method.parameters.model_fields}
         if by_sparsity:
             values["pattern"] = _agreed(values["pattern"] if "pattern" in raw else None, read.sparsity)
+        if takes_tokens_as_budget(method) and read.budget is not None:
+            if read.budget.minutes is None:
+                return cls.parse(_with_tokens(raw, read.budget.tokens))
+            values["budget"] = Budget(minutes=read.budget.minutes)
         wrong = method.check(values) if method.check is not None else None
         if wrong is not None:
             raise _error((wrong[0],) if wrong[0] in raw else (), wrong[1], raw.get(wrong[0]))
@@ -160,6 +169,11 @@ def takes_allocation(method: Method) -> bool:
     return takes_sparsity(method) and method.scope == "linear" and method.kind == "prune"
 
 
+def takes_tokens_as_budget(method: Method) -> bool:
+    """Whether a step may write `budget: {tokens: 26.2M}` for its `tokens: 26.2M`."""
+    return method.accepts(Budget) == "budget" and "tokens" in method.parameters.model_fields
+
+
 def params_pattern(method: Method, params: BaseModel) -> Pattern | None:
     """The pattern among a method's parameters, when `sparsity` can stand for it."""
     pattern: Pattern | None = getattr(params, "pattern") if takes_sparsity(method) else None  # noqa: B009
@@ -197,6 +211,9 @@ def step_model(method: Method) -> type[BaseModel]:
     if takes_sparsity(method):
         fraction = Annotated[Fraction, AfterValidator(_sparsity)] | None
         fields["sparsity"] = (fraction, Field(None, description="Fraction of zeros, in place of pattern."))
+    if takes_tokens_as_budget(method):
+        told = method.parameters.model_fields["budget"].description
+        fields["budget"] = (Length | None, Field(None, description=told))
     model: type[BaseModel] = create_model(method.name, __base__=method.parameters, **fields)
     return model
 
@@ -263,6 +280,14 @@ def _agreed(pattern: Pattern | None, sparsity: float) -> Pattern:
         message = f'pattern "{pattern}" has sparsity {pattern.sparsity:g}, and sparsity says {sparsity:g}; keep one'
         raise _error(("sparsity",), message, sparsity)
     return pattern
+
+
+def _with_tokens(raw: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A step that writes `budget: {tokens: ...}` in the other spelling."""
+    if raw.get("tokens") is not None:
+        message = "tokens and budget: {tokens: ...} are two spellings of one thing; keep one"
+        raise _error(("budget",), message, raw["budget"])
+    return {**{key: value for key, value in raw.items() if key != "budget"}, "tokens": tokens}
 
 
 def _error(loc: Keys, message: str, value: Any) -> ValidationError:

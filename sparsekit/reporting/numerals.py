@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
+from typing import Any
 
 MANIFOLD = 10.0  # a change beyond this is written as a factor
 JOINED = "\u00a0"  # between a number and its unit: no line ends there
@@ -52,6 +54,13 @@ def change(value: float | None) -> str:
 def numbered(things: Sized, name: str) -> str:
     """`1 note`, `2 notes`."""
     return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+
+
+def in_words(value: Any) -> str:
+    """A setting: text as it is, `minutes 0.7` for a mapping, anything else as JSON."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(one)}" for key, one in value.items())
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def short(value: float) -> str:

@@ -163,12 +163,13 @@ def _environment(report: Record) -> dict[str, Any]:
 
 def _step(step: Record) -> dict[str, Any]:
     """The section of one step."""
+    taught = {"teacher": step["teacher"]} if "teacher" in step else {}
     return {
         "title": f"Step {step['index'] + 1}: {named(step)}",
         "kind": step["kind"],
         "source": step.get("source"),
         "error_of": step.get("error_of", "weights"),
-        "settings": pair_table("Settings", step["params"]),
+        "settings": pair_table("Settings", {**step["params"], **taught}),
         "training": pair_table("What training measured", step["training"]) if step.get("training") else None,
         "curves": list(curve_charts(step.get("curve") or ())),
         "map": error_map(step),

@@ -20,7 +20,7 @@ from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.reporting.findings import named
 from sparsekit.reporting.numerals import duration as duration
-from sparsekit.reporting.numerals import megabytes, numbered
+from sparsekit.reporting.numerals import in_words, megabytes, numbered
 from sparsekit.reporting.speed import sentences
 from sparsekit.reporting.tables import Table as Cells
 from sparsekit.reporting.tasks import main_metrics, task_table
@@ -56,9 +56,9 @@ class Terminal:
             f"{sum(coverage.unreachable.values()):,} out of reach",
         )
         for planned in plan.steps:
-            chosen = {k: v for k, v in planned.step.params.model_dump(mode="json").items() if k in planned.step.given}
-            settings = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            say(f"  step {planned.index + 1}    {planned.step.method.name}  {settings}")
+            step = planned.step
+            chosen = {k: v for k, v in step.params.model_dump(mode="json").items() if k in step.given} | step.taught
+            say(f"  step {planned.index + 1}    {step.method.name}  {in_words(chosen)}")
         for note in plan.notes:
             say(f"  note      {note}")
         formats = ", ".join(recipe.export.formats) or "nothing"

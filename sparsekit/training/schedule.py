@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from sparsekit.errors import MethodError
+from sparsekit.units import Count
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # enough to fill the unit
 SPARE = 0.05  # of the minutes of a budget: validation, checkpoints and the log are in no measured step
@@ -33,6 +34,21 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     minutes: Annotated[float, Field(gt=0)] = Field(description="Wall time, compilation included.")
+
+
+class Length(BaseModel):
+    """What `budget:` of a recipe may say. Tokens are the step's `tokens:` in another spelling, and read as such."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="Wall time, compilation included.")
+    tokens: Count | None = Field(None, description="Training tokens in all.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Length:
+        if (self.minutes is None) == (self.tokens is None):
+            raise ValueError("budget takes minutes or tokens, one of them")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from test_ast import SETTING, assert_same, make_job
 from sparsekit.errors import MethodError, RecipeError
 from sparsekit.methods.ast import ast
 from sparsekit.pattern import Pattern
+from sparsekit.planning.fingerprint import step_fingerprint
 from sparsekit.recipe import read_recipe
 from sparsekit.training.annealing import FARTHEST, AstPolicy
 from sparsekit.training.optim import Rule, SparseAdamW, Step
@@ -159,8 +160,13 @@ steps:
     ("keys", "message"),
     [
         ("", r"x.yaml:5: .*ast needs tokens: 26.2M, or budget"),
-        (", tokens: 1M, budget: {minutes: 3}", r"x.yaml:5: .*tokens and a budget; keep one"),
-        (", budget: {hours: 3}", r"unknown key 'hours'"),
+        (", tokens: 1M, budget: {minutes: 3}", r"x.yaml:5: .*tokens and a budget of minutes; keep one"),
+        (", tokens: 1M, budget: {tokens: 1M}", r"x.yaml:5: tokens and budget: .* are two spellings of one thing"),
+        (", budget: {tokens: 1M, minutes: 3}", r"x.yaml:5: budget takes minutes or tokens, one of them"),
+        (", budget: {}", r"x.yaml:5: budget takes minutes or tokens, one of them"),
+        (", budget: {tokens: many}", r"x.yaml:5: .*'many' is no count"),
+        (", budget: {tokens: 8}", r"x.yaml:5: tokens 8 is less than one step"),
+        (", budget: {hours: 3}", r"unknown key 'hours' in step 1, budget; it takes minutes, tokens"),
         (", tokens: 1M, flip_target: 1.0e-3, decay: 0.0", r"flip_target steers the decay, and decay is 0"),
         (", tokens: 1M, gpus: 0", "gpus"),
         (", tokens: 1M, slorb: 20", "slorb"),
@@ -182,6 +188,17 @@ def test_a_budget_and_ranks_read_back_from_the_resolved_recipe(tmp_path):
     assert again.steps[0].params == recipe.steps[0].params
     assert again.steps[0].gpus == 8
     assert again.steps[0].params.budget == Budget(minutes=30)
+
+
+def test_tokens_as_a_budget_are_the_same_step(tmp_path):
+    steps = []
+    for name, keys in {"one": "tokens: 26.2M", "two": "budget: {tokens: 26.2M}"}.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(STEP % f", {keys}")
+        steps.append(read_recipe(path).steps[0])
+    assert steps[0] == steps[1]
+    assert steps[1].given == {"pattern", "tokens"}
+    assert len({step_fingerprint("upstream", step, ["x"], 0) for step in steps}) == 1
 
 
 def test_measuring_leaves_no_trace():
