@@ -210,6 +210,9 @@ def test_mistakes_of_a_comparison_file_have_their_lines(tmp_path, random_model):
     with pytest.raises(RecipeError, match=f"bad.yaml:{line}: unknown key 'bitz'"):
         read_arms([path])
     path = write(tmp_path / "none.yaml", random_model, "variants: {prune: {none: }}")
+    shown = CliRunner().invoke(main, ["plan", str(path)])
+    assert shown.exit_code == 2
+    assert "give it to sparsekit compare" in " ".join(shown.output.split())
     with pytest.raises(RecipeError, match="chooses nothing"):
         read_arms([path])
     with pytest.raises(RecipeError, match="one recipe is nothing to compare"):

@@ -246,6 +246,8 @@ def test_metrics_of_lm_eval():
     [
         (duration(48.04), "48.0 s"),
         (duration(725.2), "12 min 05 s"),
+        (duration(5999.4), "99 min 59 s"),
+        (duration(7199.0), "2 h 00 min"),
         (megabytes(5_312_345), "5.3 MB"),
         (megabytes(73_700), "73.7 KB"),
         (megabytes(12), "12 bytes"),

@@ -133,6 +133,12 @@ class Format:
     doc: str | None
 
 
+def untold(storage: Storage, tensors: Mapping[str, Tensor], mask: Tensor | None) -> Tensor | None:
+    """The mask that has to lie beside the packed tensors of a linear; None where they tell it, or there is none."""
+    told = storage.mask(tensors)
+    return None if mask is None or (told is not None and torch.equal(told, mask)) else mask
+
+
 def find_setting(storage: Layouts, blocks: Iterable[tuple[BlockState, set[str]]], layout: str = "auto") -> Setting:
     """The one setting all quantized linears share.
 

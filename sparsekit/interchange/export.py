@@ -23,7 +23,7 @@ from sparsekit import __version__
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import CheckpointError
 from sparsekit.files import write_json, write_tensors
-from sparsekit.formats.base import Format, Setting, Storage, find_setting
+from sparsekit.formats.base import Format, Setting, Storage, find_setting, untold
 from sparsekit.interchange.adapter import ADAPTER, adapter_notes, attach_adapter, branches_of, write_adapter
 from sparsekit.interchange.hfdir import (
     MARKER,
@@ -157,17 +157,18 @@ def _write_block(
     """Write a block; returns its linears that are not stored as integers."""
     dense: dict[str, LinearState] = {}
     for linear, stored in block.linears.items():
-        state, told = _integers_on(view.device, stored), None
+        state = _integers_on(view.device, stored)
         writer.tally.record(state, patterns.get(linear))
+        mask = state.mask  # which lies beside the weights where they do not tell it
         if storage is None or setting is None or state.quantized is None:
             dense[linear] = stored
             writer.tally.add_left(stored.source.numel(), view.dtype.itemsize)
         else:
             packed = storage.pack(state.quantized, setting.layout, state.mask)
             writer.packed(linear, packed, storage.parts, state.quantized.codes.numel())
-            told = storage.mask(packed)
-        if state.mask is not None and (told is None or not torch.equal(told, state.mask)):
-            writer.tally.add_mask(linear, state.mask)
+            mask = untold(storage, packed, mask)
+        if mask is not None:
+            writer.tally.add_mask(linear, mask)
     writer.dense(view.to_hf(index, BlockState(dense, block.params)))
     return list(dense)
 
@@ -192,8 +193,7 @@ def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
             if written.quantized is None:
                 continue
             found, state = stored[name], _integers_on(view.device, written)
-            assert state.quantized is not None
-            assert found.quantized is not None  # it is a mapping of quantized linears
+            assert state.quantized and found.quantized  # it is a mapping of quantized linears
             masked = state.mask is None or (found.mask is not None and torch.equal(found.mask, state.mask))
             if not (masked and state.quantized.equal(found.quantized)):
                 raise CheckpointError(f"{name} reads back from {target} as other integers than were written")

@@ -211,28 +211,30 @@ def _old_rope(config: dict[str, Any]) -> list[str]:
     return []
 
 
-def copy_companions(source: Path, tokenizer: Path, target: Path, *, code: bool) -> list[str]:
-    """Copy the tokenizer and the generation settings; returns remarks.
+def companions(source: Path, tokenizer: Path, *, code: bool) -> list[Path]:
+    """The files of the tokenizer, the generation settings, and the model's own code where it brings some.
 
     Args:
         source: The model's directory.
         tokenizer: The tokenizer's directory.
-        target: Where to.
-        code: Copy Python files as well: the model brings its own code.
+        code: The model brings its own code.
     """
-    found = [name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-    for name in found:
-        shutil.copyfile(tokenizer / name, target / name)
+    named = [*(tokenizer / name for name in TOKENIZER_FILES), source / "generation_config.json"]
+    return [path for path in [*named, *(source.glob("*.py") if code else ())] if path.is_file()]
+
+
+def copy_companions(source: Path, tokenizer: Path, target: Path, *, code: bool) -> list[str]:
+    """Copy what `companions` finds into `target`; returns remarks."""
+    found = companions(source, tokenizer, code=code)
+    for path in found:
+        shutil.copyfile(path, target / path.name)
     about = target / "tokenizer_config.json"
     if about.is_file():
         settings = read_json(about)
         if settings.get("tokenizer_class") == "TokenizersBackend":  # Transformers 5's name; 4.x: "does not exist"
             write_json(about, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
-    for path in source.glob("*.py") if code else ():
-        shutil.copyfile(path, target / path.name)
-    return [] if found else [f"{tokenizer} holds no tokenizer files; none were copied"]
+    copied = any(path.name in TOKENIZER_FILES for path in found)
+    return [] if copied else [f"{tokenizer} holds no tokenizer files; none were copied"]
 
 
 def file_digests(directory: Path, files: list[Path]) -> dict[str, dict[str, Any]]:

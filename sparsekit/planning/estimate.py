@@ -18,13 +18,14 @@ from sparsekit.models.view import ModelView
 from sparsekit.opening import open_tokenizer, open_view
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
-from sparsekit.planning.disk_model import block_bytes, checkpoint_bytes, export_bytes
+from sparsekit.planning.disk_model import bound_notes, checkpoint_bytes, exports_bytes, step_bytes
 from sparsekit.planning.fates import layers
 from sparsekit.planning.fingerprint import NOT_READ
+from sparsekit.planning.foreseen import Foreseen
 from sparsekit.planning.microbench import Bench, Files
 from sparsekit.planning.peak import resident_now
 from sparsekit.planning.plan import Plan, PlannedStep, make_plan, texts_of
-from sparsekit.planning.reading import reading_seconds, tokens_of
+from sparsekit.planning.reading import reading_seconds, tokens_bytes, tokens_of
 from sparsekit.recipe import Recipe, TextEntry
 from sparsekit.text import locate_text
 from sparsekit.training.teacher import open_teacher
@@ -87,14 +88,15 @@ class Estimator:
         head = self.bench.head_seconds()
         steps = [self._step(planned, head, files) for planned in self.plan.steps]
         scoring = self._scoring(head, files)
-        exports = {name: export_bytes(self.sizes, self.plan, name) for name in self.recipe.export.formats}
+        exports, bounds = exports_bytes(Foreseen(self.view, self.plan.steps), self.sizes, self.recipe.export.formats)
         everything = [*steps, *([scoring] if scoring else [])]
         startup, reading = self._startup(), self._reading()
+        tokens = tokens_bytes(texts_of(self.recipe).values(), self.recipe.resolve, self.sizes.vocabulary)
         seconds = startup + reading + sum(part["seconds"] for part in steps)
         seconds += sum(files.seconds(1, size) for size in exports.values())
         if scoring:
             seconds += scoring["seconds"] * (1 + len(steps))
-        coverage = self.plan.coverage
+        coverage, noted = self.plan.coverage, [*self.plan.notes, *self.notes, *self.bench.notes, *bound_notes(bounds)]
         return {
             "name": self.recipe.name,
             "device": self.view.device.type,
@@ -103,13 +105,15 @@ class Estimator:
             "steps": steps,
             "scoring": scoring,
             "exports": exports,
-            "disk": sum(part["disk"] for part in steps) + sum(exports.values()),
+            "bounds": bounds,
+            "disk": sum(part["disk"] for part in steps) + sum(exports.values()) + tokens,
+            "tokens": tokens,
             "peak_device": max(part["device"]["bytes"] for part in everything) if everything else 0,
             "peak_host": max(part["host"]["bytes"] for part in everything) if everything else self.process,
             "startup": startup,
             "reading": reading,
             "seconds": seconds,
-            "notes": [*self.plan.notes, *self.notes, *self.bench.notes, *self._warnings(everything)],
+            "notes": [*noted, *self._warnings(everything)],
         }
 
     def _reading(self) -> float:
@@ -145,7 +149,7 @@ class Estimator:
         model = method.scope == "model"
         device, host, seconds = self._train(planned, head) if model else self._walk(planned)
         count = len(self.sizes.blocks)
-        disk = sum(block_bytes(self.sizes, self.plan, planned, index) for index in range(count))
+        disk = step_bytes(Foreseen(self.view, self.plan.steps[: planned.index + 1]), self.sizes)
         kept = checkpoint_bytes(self.sizes, planned, seconds) if model else 0
         return {
             "title": planned.title,
@@ -277,13 +281,10 @@ class Estimator:
             return 0
         return max(1, tokens // entry.seq_len)
 
-    def _free(self) -> int:
-        return int(torch.cuda.mem_get_info(self.view.device)[0]) if self.sizes.cuda else 0
-
     def _warnings(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         """What does not fit."""
         if self.sizes.cuda:
-            free = self._free()
+            free = int(torch.cuda.mem_get_info(self.view.device)[0])
             for part in parts:
                 needed = part["device"]["bytes"]
                 if needed > free:

@@ -1,13 +1,14 @@
-"""What an export will refuse, found before the first step: its format is asked about made-up linears.
+"""The model as a recipe will leave it, as far as that is known before the first step: hollow, or with made-up integers.
 
-They have the shapes, bits, groups, patterns and low-rank branches that the recipe will leave. What only
-values can tell stays for the export itself.
+A step's files are foreseen from hollow tensors. A format is asked about made-up linears of the shapes, bits, groups,
+patterns and low-rank branches that will be: what it refuses, the export would refuse after all the work, and what it
+packs them into tells the bytes. What only values can tell stays for the export itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +21,14 @@ from sparsekit.formats.base import Format, Setting, Storage, find_setting
 from sparsekit.interchange.adapter import branches_of
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern
-from sparsekit.quant import Grid, QuantizedWeight
+from sparsekit.quant import Grid, Levels, QuantizedWeight, code_range, is_odd
 from sparsekit.state import LinearState
 
 if TYPE_CHECKING:
     from sparsekit.planning.plan import PlannedStep
 
+LEVELS: dict[str, Levels] = {"integer": "integer", "odd": "odd", "six": "six", "ternary": "ternary"}
+TILE = 64  # rows: what so many more take tells what all of them take
 ROWS = 1024  # of a made-up linear, and the rest of the real one's: what divides them divides the real ones
 
 Shape = tuple[int, int]
@@ -34,7 +37,7 @@ Kept = Callable[[Shape], Tensor]
 
 @dataclass(slots=True)
 class Foreseen:
-    """The model as a recipe will leave it, as far as that is known.
+    """What is known of every linear after some steps.
 
     Attributes:
         view: The model.
@@ -43,7 +46,14 @@ class Foreseen:
 
     view: ModelView
     steps: Sequence[PlannedStep]
-    _made: dict[tuple[Setting, Pattern | Kept, Shape], QuantizedWeight] = field(default_factory=dict)
+    _made: dict[tuple[Setting, Pattern | Kept, Shape, bool], LinearState] = field(default_factory=dict)
+    _own: Kept | None = None
+
+    @property
+    def guessed(self) -> bool:
+        """Whether integers or branches come from where a plan does not know all about them: files, or a plugin."""
+        adding = (p.step for p in self.steps if p.step.quantizes or p.step.method.kind == "branch")
+        return self.view.quantized or not all(step.method.built_in for step in adding)
 
     def check(self, form: Format, where: str) -> None:
         """Refuse a format that will have no place for what the steps leave.
@@ -55,60 +65,102 @@ class Foreseen:
             RecipeError: In the words of the format, or of the step that adds branches.
         """
         try:
-            branches_of(self._branched, self.view.form, len(self.view.blocks), opened=form.storage is None)
+            self.branches(form)
             if form.storage is not None:
-                self._check_integers(form.storage)
+                self.laid_out(form.storage)
         except (CheckpointError, MethodError) as error:
             raise RecipeError(str(error), where=where) from error
 
-    def _branched(self, index: int) -> BlockState:
-        """A block with nothing but its branches."""
-        hollow = {name: torch.empty(shape, device="meta") for name, shape in self._shapes(index)}
-        return BlockState(
-            {n: LinearState(n, t, branch=branch_of(self.steps, n, (*t.shape,))) for n, t in hollow.items()}
-        )
+    def branches(self, form: Format) -> dict[str, Branch]:
+        """The low-rank branches of an export by linear, on meta.
+
+        Raises:
+            CheckpointError: A linear with a branch has no place for it.
+            MethodError: There is no such branch.
+        """
+        return branches_of(self.hollow, self.view.form, len(self.view.blocks), opened=form.storage is None)
+
+    def hollow(self, index: int) -> BlockState:
+        """A block on the meta device, with all that the steps leave in it."""
+        shapes = dict(self._shapes(index))
+        weights = {f"{name}.weight" for name in shapes}
+        others = [name for name in self.view.parameters(index) if name not in weights]
+        params = {name: self.view.module.get_parameter(name).to("meta") for name in others}
+        return BlockState({name: self._hollow(name, shape) for name, shape in shapes.items()}, params)
+
+    def _hollow(self, name: str, shape: Shape) -> LinearState:
+        source, setting, integers = torch.empty(shape, device="meta"), self._setting(name), None
+        if setting is not None:
+            size, symmetric = _size(setting, shape), setting.symmetric
+            grid = Grid.of_scale(source[:, ::size], setting.bits)
+            integers = QuantizedWeight.of(source, grid, group_size=size, symmetric=symmetric, group_of=source[0])
+        mask = source.bool() if self._masked(name) else None
+        return LinearState(name, source, mask, integers, branch=branch_of(self.steps, name, shape))
 
     def _shapes(self, index: int) -> Iterator[tuple[str, Shape]]:
         return ((name, (linear.out_features, linear.in_features)) for name, linear in self.view.linears(index).items())
 
-    def _check_integers(self, storage: Storage) -> None:
-        """Ask about linears that keep every weight unless a step prunes them.
+    def _pattern(self, name: str) -> Pattern | None:
+        return self.steps[-1].patterns.get(name) if self.steps else None
+
+    def _masked(self, name: str) -> bool:
+        """Whether a linear will have a mask, which pruners leave that have no parameter for a pattern, too."""
+        pruned = any(p.step.method.kind == "prune" and name in p.selected for p in self.steps)
+        return pruned or self._pattern(name) is not None
+
+    def laid_out(self, storage: Storage, *, spread: bool = False) -> tuple[str, list[LinearState]]:
+        """The layout a storage takes for made-up linears, and these; they keep every weight unless a step prunes them.
 
         What a format then refuses it may take all the same where the model's files hold zeros, or integers
         that nothing is known of but their grid.
 
+        Args:
+            storage: Of the format.
+            spread: Their integers are of all kinds there may be, which takes most; else they are as one, which
+                no format refuses for its values if it can be helped.
+        Returns:
+            The layout; every linear with the first rows of its mask and integers, `source` whole and on meta.
         Raises:
             CheckpointError: There is no layout.
         """
-        once = _Once(storage, storage.title)
         try:
-            find_setting(once, self._blocks(storage, _all))
+            return self._laid_out(storage, _all, spread=spread)
         except CheckpointError:
-            find_setting(once, self._blocks(storage, _half if self.view.quantized else self._nonzero()))
+            return self._laid_out(storage, _half if self.view.quantized else self._nonzero(), spread=spread)
+
+    def _laid_out(self, storage: Storage, kept: Kept, *, spread: bool) -> tuple[str, list[LinearState]]:
+        blocks = [self._block(index, storage, kept, spread=spread) for index in range(len(self.view.blocks))]
+        layout = find_setting(_Once(storage, storage.title), blocks).layout
+        return layout, [state for block, _ in blocks for state in block.linears.values()]
 
     def _nonzero(self) -> Kept:
         """What the first block's own weights keep, the only weights that are read for a plan."""
-        found = {
-            tuple(s.source.shape): s.source[: _rows(s.source.shape)] != 0
-            for s in self.view.dense_block(0).linears.values()
-        }
-        return lambda shape: found.get(shape, _all(shape))
+        if self._own is None:
+            sources = [state.source for state in self.view.dense_block(0).linears.values()]
+            found = {tuple(source.shape): source[: _rows(source.shape)] != 0 for source in sources}
+            self._own = lambda shape: found.get(shape, _all(shape))
+        return self._own
 
-    def _blocks(self, storage: Storage, kept: Kept) -> Iterator[tuple[BlockState, set[str]]]:
-        """Every block with made-up integers, and the names its weights get."""
-        for index in range(len(self.view.blocks)):
-            linears: dict[str, LinearState] = {}
-            for name, shape in self._shapes(index):
-                setting, integers = self._setting(name, storage), None
-                if setting is not None:
-                    pattern = self.steps[-1].patterns.get(name) if self.steps else None
-                    key = (setting, pattern or kept, shape)
-                    integers = self._made.get(key) or self._made.setdefault(key, _integers(*key))
-                linears[name] = LinearState(name, torch.empty(shape, device="meta"), quantized=integers)
-            yield BlockState(linears), {f"{name}.weight" for name in linears if self.view.form(name) != "expert"}
+    def _block(self, index: int, storage: Storage, kept: Kept, *, spread: bool) -> tuple[BlockState, set[str]]:
+        """A block with made-up integers, and the names its weights get."""
+        linears: dict[str, LinearState] = {}
+        for name, shape in self._shapes(index):
+            setting = self._setting(name, storage.bits[0])
+            made = LinearState(name, torch.empty(shape, device="meta"))
+            if setting is not None:
+                key = (setting, self._pattern(name) or kept, shape, spread)
+                made = self._made.get(key) or self._made.setdefault(key, _made_up(*key))
+            mask = made.mask if self._masked(name) else None
+            linears[name] = replace(made, name=name, mask=mask)
+        return BlockState(linears), {f"{name}.weight" for name in linears if self.view.form(name) != "expert"}
 
-    def _setting(self, name: str, storage: Storage) -> Setting | None:
-        """The grid of a linear; the layout says which levels its codes take, "" for all of them."""
+    def _setting(self, name: str, bits: int = 8) -> Setting | None:
+        """The grid of a linear; the layout says which levels its codes take, "" where that is not known.
+
+        Args:
+            name: Of the linear.
+            bits: Of a plugin that does not say.
+        """
         if self.view.quantized:
             return self.view.setting(name)
         step = next((p.step for p in self.steps if p.step.quantizes and name in p.selected), None)
@@ -116,11 +168,11 @@ class Foreseen:
             return None
         values = step.values
         return Setting(
-            bits=step.code_bits or storage.bits[0],  # of a plugin that does not say
+            bits=step.code_bits or bits,
             group_size=values.get("group_size", -1),
             symmetric=values.get("symmetric", True),
             act_order=values.get("act_order") == "dynamic",
-            layout="" if step.method.built_in and values.get("levels", "integer") == "integer" else "odd",
+            layout=values.get("levels", "integer") if step.method.built_in else "",
         )
 
 
@@ -166,15 +218,36 @@ def _half(shape: Shape) -> Tensor:
     return torch.arange(shape[1]).remainder(4).lt(2).expand(_rows(shape), -1)
 
 
-def _integers(setting: Setting, kept: Pattern | Kept, shape: Shape) -> QuantizedWeight:
-    """Integers that no format refuses for their values if it can be helped: one code for every kept weight."""
-    rows, inputs = _rows(shape), shape[1]
+def _size(setting: Setting, shape: Shape) -> int:
+    """Inputs of a group."""
+    return shape[1] if setting.group_size == -1 else setting.group_size
+
+
+def _made_up(setting: Setting, kept: Pattern | Kept, shape: Shape, spread: bool) -> LinearState:
+    """The first rows of a linear's mask and of made-up integers.
+
+    Where levels are not known, the one code is next to zero, which all levels have, and spread ones are of the whole
+    grid. Spread scales and zero-points are any that there are.
+    """
+    rows, inputs, bits = _rows(shape), shape[1], setting.bits
+    rows = min(rows, 2 * TILE) if spread else rows
+    size, middle = _size(setting, shape), 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(0)
-    mask = kept.keep(torch.rand(rows, inputs, generator=generator)) if isinstance(kept, Pattern) else kept(shape)
-    size = inputs if setting.group_size == -1 else setting.group_size
-    middle = 2 ** (setting.bits - 1)
+    scores = torch.rand(rows, inputs, generator=generator)
+    mask = kept.keep(scores) if isinstance(kept, Pattern) else kept(shape)[:rows]
     groups = torch.arange(inputs) // size
-    codes = torch.where(mask, middle + 1 if setting.layout else 0, middle)
-    grid = Grid.of_scale(torch.ones(rows, inputs // size), setting.bits)
     group_of = groups.flip(0) if setting.act_order else groups
-    return QuantizedWeight.of(codes, grid, group_size=size, symmetric=setting.symmetric, group_of=group_of)
+    if spread:
+        lowest, highest = code_range(bits, LEVELS.get(setting.layout, "integer"))
+        apart = 1 + is_odd(setting.layout)
+        codes = lowest + apart * torch.randint((highest - lowest) // apart + 1, mask.shape, generator=generator)
+        scale = torch.randint(0x0400, 0x7C00, (rows, inputs // size), generator=generator).short()  # no subnormals
+        grid = Grid.of_scale(scale.view(torch.float16).float(), bits)
+        if not setting.symmetric:
+            grid = replace(grid, zero=torch.randint(2**bits, scale.shape, generator=generator).float())
+    else:
+        codes = torch.tensor(0 if setting.layout == "integer" else middle + 1)
+        grid = Grid.of_scale(torch.ones(rows, inputs // size), bits)
+    codes = torch.where(mask, codes, grid.zero[:, group_of].long())
+    integers = QuantizedWeight.of(codes, grid, group_size=size, symmetric=setting.symmetric, group_of=group_of)
+    return LinearState("", torch.empty(shape, device="meta"), mask, integers)

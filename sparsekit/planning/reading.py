@@ -25,6 +25,16 @@ def tokens_of(entry: TextEntry, resolve: Resolve) -> int | None:
     return int(size / BYTES_A_TOKEN)
 
 
+def tokens_bytes(entries: Iterable[TextEntry], resolve: Resolve, vocabulary: int) -> int:
+    """Files of tokens that a run keeps, as far as `tokens_of` can guess: one for each text and limit of its tokens."""
+    kept: dict[tuple[tuple[str, ...], str | None, int | None], int] = {}
+    for entry in entries:
+        tokens = tokens_of(entry, resolve) or 0
+        limit = None if entry.samples is None else POOL * entry.samples * entry.seq_len
+        kept[tuple(entry.paths), entry.separator, limit] = tokens if limit is None else min(tokens, limit)
+    return sum(kept.values()) * (2 if vocabulary <= 2**16 else 4)
+
+
 def reading_seconds(entries: Iterable[TextEntry], tokenizer: Any, resolve: Resolve) -> float:
     """Seconds to read and encode texts whose tokens no run has kept; those on the hub count as nothing.
 

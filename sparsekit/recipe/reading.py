@@ -36,6 +36,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, plugins: Sequence[
         PluginError: One of `plugins` cannot be loaded.
     """
     document = read_overridden(path, overrides)
+    if "variants" in document.values:
+        message = "a file with variants is a comparison of several recipes; give it to sparsekit compare"
+        raise RecipeError(message, where=document.where(("variants",)))
     load_plugins(document, plugins)
     return checked(document)
 

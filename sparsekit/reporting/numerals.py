@@ -13,9 +13,12 @@ _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
 def duration(seconds: float) -> str:
-    """`48.0 s`, `12 min 05 s`."""
+    """`48.0 s`, `12 min 05 s`, `3 h 20 min`."""
     whole = round(seconds)
-    return f"{seconds:.1f} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 6000:
+        return f"{seconds:.1f} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def megabytes(count: float) -> str:

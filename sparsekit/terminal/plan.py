@@ -67,11 +67,13 @@ def steps_table(found: Mapping[str, Any]) -> Table:
         each = " each time" if part["title"] == "scoring" else ""
         table.add_row(part["title"], *map(megabytes, peaks), disk, duration(part["seconds"]) + each)
     for name, size in found["exports"].items():
-        table.add_row(f"export {name}", *["–"] * len(titles), megabytes(size), "")
+        told = f"{found['bounds'].get(name, '')} {megabytes(size)}".strip()
+        table.add_row(f"export {name}", *["–"] * len(titles), told, "–")
     if found["startup"] >= 0.05:
         table.add_row("start-up", *["–"] * len(titles), "–", duration(found["startup"]) + " once")
-    if found["reading"] >= 0.05:
-        table.add_row("texts into tokens", *["–"] * len(titles), "–", duration(found["reading"]) + " once")
+    if found["tokens"]:
+        kept, once = f"about {megabytes(found['tokens'])}", f"{duration(found['reading'])} once"
+        table.add_row("texts into tokens", *["–"] * len(titles), kept, once)
     peaks = [found["peak_device"], found["peak_host"]][: len(titles)]
     table.add_row("in all", *map(megabytes, peaks), megabytes(found["disk"]), duration(found["seconds"]), style="bold")
     return table
