@@ -54,7 +54,8 @@ def solve_block(
     moved = factor / diagonal  # U_ij / U_ii: what w_j takes of w_i - q_i
     columns, lost = weight.unbind(), error.unbind()
     dropped = None if drop is None else drop.unbind()
-    grids = [] if grid is None else [Grid(s, z, grid.bits) for s, z in zip(grid.scale, grid.zero, strict=True)]
+    grids = [] if grid is None else list(zip(grid.scale.unbind(), grid.zero.unbind(), strict=True))
+    most = 0 if grid is None else 2**grid.bits - 1
     codes: list[Tensor] = []
     for start, stop in spans(0, len(weight), SUB_BLOCK, step, step):
         for i in range(start, stop):
@@ -63,8 +64,9 @@ def solve_block(
                 drop[group] = ~best(weight[group].abs() / diagonal[group], pattern.n)
             value = columns[i]
             if grids:
-                code, value = _rounded(value, grids[i])
-                codes.append(code)
+                scale, zero = grids[i]
+                codes.append(value.div(scale).add_(zero).round_().clamp_(0, most))  # as `Grid.encode`, in one's place
+                value = codes[-1].sub(zero).mul_(scale)
             if dropped is not None:
                 value = value.masked_fill(dropped[i], 0.0)
             torch.sub(columns[i], value, out=lost[i])
@@ -103,12 +105,6 @@ def best(score: Tensor, count: int) -> Tensor:
     places = torch.arange(len(score), device=score.device)
     earlier = places.unsqueeze(1) > places  # `tril_` would wake every thread for it
     return torch.where(earlier.unsqueeze(-1), ~wins.transpose(0, 1), wins).sum(1) < count
-
-
-def _rounded(value: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes of a column [out], and the values they stand for."""
-    code = grid.encode(value.unsqueeze(-1)).squeeze(-1)
-    return code, (code - grid.zero) * grid.scale
 
 
 def propagate(weight: Tensor, factor: Tensor, error: Tensor, first: int, last: int, end: int) -> None:
