@@ -17,9 +17,10 @@ from sparsekit.files import read_json, read_tensors, write_json
 from sparsekit.formats import FORMATS
 from sparsekit.formats.base import Setting
 from sparsekit.interchange import hfdir
-from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.export import export_as
 from sparsekit.interchange.hfdir import reader_config
 from sparsekit.interchange.imports import load_quantized
+from sparsekit.interchange.proof import verify_dense
 from sparsekit.pattern import Pattern
 from sparsekit.quant import Grid, QuantizedWeight
 from sparsekit.state import LinearState

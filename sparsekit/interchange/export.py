@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from sparsekit import __version__
 from sparsekit.checkpoint import BlockState
-from sparsekit.errors import CheckpointError
 from sparsekit.files import write_json, write_tensors
 from sparsekit.formats.base import Format, Setting, Storage, find_setting, untold
-from sparsekit.interchange.adapter import ADAPTER, adapter_notes, attach_adapter, branches_of, write_adapter
+from sparsekit.interchange.adapter import adapter_notes, branches_of, write_adapter
 from sparsekit.interchange.hfdir import (
     MARKER,
     MAX_SHARD,
@@ -35,7 +32,8 @@ from sparsekit.interchange.hfdir import (
     reader_config,
     staged,
 )
-from sparsekit.interchange.imports import MASKS, QuantizedFiles
+from sparsekit.interchange.imports import MASKS
+from sparsekit.interchange.proof import integers_on, read_back
 from sparsekit.interchange.since import recorded
 from sparsekit.interchange.sizes import ExportReport, Tally
 from sparsekit.models.arch import Form
@@ -43,8 +41,7 @@ from sparsekit.pattern import Pattern
 from sparsekit.state import LinearState
 
 Blocks = Callable[[int], BlockState]
-
-SAME_LOGITS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest |logit|
+Files = Mapping[str, Mapping[str, Any]]  # size and sha256 by name
 
 
 class ExportedModel(Protocol):
@@ -113,7 +110,7 @@ def export_as(
             for file, content in storage.companions(setting).items():
                 write_json(target / file, content)
         notes = _write_companions(view, target, tokenizer_dir or view.path, extra)
-        _write_masks(target, tally)
+        masks = _write_masks(target, tally)
         if branches:
             ours = storage is not None and storage.checksums  # PEFT, for which floats are written, does not read it
             small = ours and all(branch.integers is not None for branch in branches.values())
@@ -122,9 +119,9 @@ def export_as(
             notes += adapter_notes(branches, tally.bytes.adapter, integers=small)
         files = writer.close()
         written = storage_format.name if setting is None else _written(storage_format, setting)
-        _write_marker(target, written, name, tally, files)
+        _write_marker(target, written, name, tally, files, masks)
         if storage is not None and setting is not None:
-            _read_back(target, view, blocks)
+            read_back(target, view, blocks)
             notes += [*storage.notes(setting, bool(tally.masks)), *_dense_note(left_dense)]
     return ExportReport(
         format=written,
@@ -157,7 +154,7 @@ def _write_block(
     """Write a block; returns its linears that are not stored as integers."""
     dense: dict[str, LinearState] = {}
     for linear, stored in block.linears.items():
-        state = _integers_on(view.device, stored)
+        state = integers_on(view.device, stored)
         writer.tally.record(state, patterns.get(linear))
         mask = state.mask  # which lies beside the weights where they do not tell it
         if storage is None or setting is None or state.quantized is None:
@@ -171,68 +168,6 @@ def _write_block(
             writer.tally.add_mask(linear, mask)
     writer.dense(view.to_hf(index, BlockState(dense, block.params)))
     return list(dense)
-
-
-def _integers_on(device: torch.device, state: LinearState) -> LinearState:
-    """The state with its integers and its mask on a device, for packing; float values stay where they are."""
-    if state.quantized is None:
-        return state
-    mask = None if state.mask is None else state.mask.to(device)
-    return replace(state, quantized=state.quantized.to(device), mask=mask)
-
-
-def _read_back(target: Path, view: ExportedModel, blocks: Blocks) -> None:
-    """Hold every integer and every mask of the files against the run's.
-
-    Raises:
-        CheckpointError: One differs.
-    """
-    stored = QuantizedFiles(target, view.device)
-    for index in range(len(view.blocks)):
-        for name, written in blocks(index).linears.items():
-            if written.quantized is None:
-                continue
-            found, state = stored[name], _integers_on(view.device, written)
-            assert state.quantized and found.quantized  # it is a mapping of quantized linears
-            masked = state.mask is None or (found.mask is not None and torch.equal(found.mask, state.mask))
-            if not (masked and state.quantized.equal(found.quantized)):
-                raise CheckpointError(f"{name} reads back from {target} as other integers than were written")
-
-
-def verify_dense(directory: Path, tokens: Tensor, logits: Tensor, view: ExportedModel) -> float:
-    """Open a dense export with plain Transformers, add its adapter if it has one, and compare its logits.
-
-    Args:
-        directory: Of the export.
-        tokens: int [batch, seq_len].
-        logits: [batch, seq_len, vocabulary], what the model computed for them.
-        view: The model that was exported; its compute dtype and device are used.
-    Returns:
-        The largest absolute difference. It is 0 where the same kernels see the same values, as in
-        float32 on a CPU; the tolerance (`SAME_LOGITS`) is for devices that choose kernels by memory.
-    Raises:
-        CheckpointError: The directory does not load, or computes something else.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=view.compute_dtype,
-            local_files_only=True,
-            trust_remote_code=view.trust_remote_code,
-            attn_implementation=view.config._attn_implementation,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"Transformers cannot open the export {directory}: {error}") from error
-    model = model.to(view.device).eval()
-    if (directory / ADAPTER).is_dir():
-        attach_adapter(model, directory)
-    with torch.inference_mode():
-        found = model(input_ids=tokens.to(view.device), use_cache=False).logits
-    difference = float((found.float() - logits.to(found.device).float()).abs().max())
-    allowed = SAME_LOGITS[view.compute_dtype] * float(logits.abs().max())
-    if not difference <= allowed:  # also when it is NaN
-        raise CheckpointError(f"{directory} computes other logits than the run: they differ by up to {difference:.3g}")
-    return difference
 
 
 class _Writer:
@@ -283,19 +218,22 @@ def _write_companions(view: ExportedModel, target: Path, tokenizer: Path, extra:
     return notes + copy_companions(view.path, tokenizer, target, code="auto_map" in raw)
 
 
-def _write_masks(target: Path, tally: Tally) -> None:
-    if tally.masks:
-        shapes = {name: tally.layers[name]["shape"] for name in tally.masks}
-        write_tensors(target / MASKS, tally.masks, {"shapes": json.dumps(shapes), "bit_order": "little"})
-        tally.bytes.masks = (target / MASKS).stat().st_size
+def _write_masks(target: Path, tally: Tally) -> Files:
+    """Write the masks that no tensor tells, where there are any."""
+    if not tally.masks:
+        return {}
+    shapes = {name: tally.layers[name]["shape"] for name in tally.masks}
+    digest = write_tensors(target / MASKS, tally.masks, {"shapes": json.dumps(shapes), "bit_order": "little"})
+    tally.bytes.masks = (target / MASKS).stat().st_size
+    return {str(MASKS): {"bytes": tally.bytes.masks, "sha256": digest}}
 
 
-def _write_marker(target: Path, written: str, name: str, tally: Tally, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_marker(target: Path, written: str, name: str, tally: Tally, files: Files, masks: Files) -> None:
     """sparsekit.json: what this directory is, and the digests that tell whether it still is."""
     versions = {"sparsekit": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {"recipe": name, "format": written, "versions": versions, "files": files, "linears": tally.layers}
-    masks = {"masks": str(MASKS)} if tally.masks and (target / MASKS).exists() else {}
-    write_json(target / MARKER, {**about, **masks, **recorded(target, files)})
+    where = {"masks": str(MASKS)} if masks else {}
+    write_json(target / MARKER, {**about, **where, **recorded(target, files, masks)})
 
 
 def _dense_note(left_dense: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,8 @@ import torch
 
 from sparsekit.blockwise.streaming import Ahead
 from sparsekit.formats import FORMATS
-from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.export import export_as
+from sparsekit.interchange.proof import verify_dense
 from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
 from sparsekit.pattern import Pattern

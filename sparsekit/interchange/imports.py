@@ -37,12 +37,13 @@ class QuantizedFiles(Mapping[str, LinearState]):
         quantizer: Who wrote it, as far as the files tell.
     """
 
-    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, directory: Path, device: torch.device | str = "cpu", *, checked: bool = True) -> None:
         """Open a directory.
 
         Args:
             directory: With a config.json that has a `quantization_config`.
             device: Where integers are unpacked and the states are.
+            checked: Hold the files of tensors against their digests; else the caller does.
 
         Raises:
             CheckpointError: An unknown format or version, a damaged or missing file.
@@ -61,7 +62,8 @@ class QuantizedFiles(Mapping[str, LinearState]):
             raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
         if not marker and self.storage.checksums:
             raise CheckpointError(f"{directory / MARKER} is missing: without its digests this format is not read")
-        check_tensors(directory, marker)
+        if checked:
+            check_tensors(directory, marker)
         self._files = _index(directory, self.storage.stem if self.storage.checksums else "")
         first = next(iter(self.storage.parts))
         self._stems = {name.removesuffix(f".{first}"): None for name in self._files if name.endswith(f".{first}")}

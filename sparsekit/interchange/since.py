@@ -23,16 +23,17 @@ NOT_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json tha
 SHOWN = 3
 
 
-def recorded(target: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(target: Path, weights: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What `sparsekit.json` says of an export's other files: config.json as it is, digests of the rest.
 
     Args:
         target: The export, complete but for `sparsekit.json`.
         weights: The files of weights, by name; their digests are kept by themselves.
+        known: Digests of other files, by name.
     """
     rest = sorted(path for path in target.rglob("*") if path.is_file())
-    others = [path for path in rest if str(path.relative_to(target)) not in {*weights, "config.json", MARKER}]
-    return {"config": read_config(target), "companions": file_digests(target, others)}
+    others = [path for path in rest if str(path.relative_to(target)) not in {*weights, *known, "config.json", MARKER}]
+    return {"config": read_config(target), "companions": {**file_digests(target, others), **known}}
 
 
 def marker_of(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from sparsekit.checkpoint import BlockState, block_of_tensors, block_tensors
 from sparsekit.errors import CheckpointError, MethodError, PatternError
 from sparsekit.formats import FORMATS
 from sparsekit.interchange.adapter import ADAPTER, attach_adapter, peft_config
-from sparsekit.interchange.export import export_as, verify_dense
+from sparsekit.interchange.export import export_as
+from sparsekit.interchange.proof import verify_dense
 from sparsekit.methods.ast import ast
 from sparsekit.methods.gptq import gptq
 from sparsekit.models.view import ModelView
