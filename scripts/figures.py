@@ -264,10 +264,7 @@ def ast_cost() -> str:
     """What AST's step takes beside a plain dense distillation step, and its parts beside their plain forms."""
     found = measured("training")
     lines = ["| | measured | beside |", "|---|---|---|"]
-    for name, shape in (
-        ("base", "models/base, 131,072 tokens a step"),
-        ("1b", "a Llama of 1.2 B, 16,384 tokens a step"),
-    ):
+    for name, shape in SHAPES.items():
         arms = found.get(name, {})
         for arm, title in COSTS.items():
             if arm in arms:
