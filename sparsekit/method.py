@@ -40,7 +40,7 @@ class Method:
         digest: sha256 of the file that defines it, part of every fingerprint.
         check: Says what is wrong between parameters that are right by themselves, as (parameter, message).
         dense: The linears it is given carry their dense values, `LinearState.dense`.
-        integers: Of a trainer: bits of the codes it leaves, given all parameters, None if it leaves floats.
+        integers: Of a trainer or a pruner: bits of the codes it leaves, given all parameters, None if it leaves floats.
             No function for one that always does.
         rowwise: Whether, with these arguments, the result of a row depends on that row and the statistic
             alone: linears with one input may then be handed over as one. None is never.

@@ -126,6 +126,8 @@ def linear_method(
     kind: Kind,
     stats: type[Statistic] | None = None,
     dense: bool = False,
+    check: Check | None = None,
+    integers: Integers | None = None,
     rowwise: Rowwise | None = None,
     branches: Branches | None = None,
 ) -> Callable[[F], F]:
@@ -136,10 +138,12 @@ def linear_method(
         kind: See `Method`.
         stats: The statistic of the layer's inputs to collect, None for no calibration.
         dense: Hand the values before any pruning over in `layer.dense`.
+        check: See `Method`.
+        integers: See `Method`; of a pruner that rounds as well.
         rowwise: See `Method`.
         branches: See `Method`.
     """
-    return _decorator(name, kind, "linear", stats, dense, rowwise=rowwise, branches=branches)
+    return _decorator(name, kind, "linear", stats, dense, check, integers, rowwise, branches)
 
 
 def group_method(name: str, *, kind: Kind, stats: type[Statistic] | None = None) -> Callable[[F], F]:

@@ -97,7 +97,7 @@ def verified(
         kind: Of the method; a quantizer may not touch the mask and must return integers, one of kind `branch`
             may touch neither mask nor weight.
         pattern: What the layer must hold from now on.
-        integers: The method, a trainer, must return integers.
+        integers: The method, a trainer or a pruner, must return integers.
         statistic: The calibration statistic, for the output error.
         input_scale: [in], when the method rescaled the inputs (AWQ): `after` holds values times it.
         seconds: Time the method took.
@@ -107,9 +107,7 @@ def verified(
         PatternError: A mask was changed by a quantizer, a pruned entry is not zero, or a group
             holds more than N non-zeros.
     """
-    if integers and kind != "quantize" and after.quantized is None:
-        raise MethodError("a method that trains integers returned none", layer=before.name)
-    return concluded([examined(before, after, kind, pattern, statistic, input_scale, seconds)])[0]
+    return concluded([examined(before, after, kind, pattern, integers, statistic, input_scale, seconds)])[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,6 +166,7 @@ def examined(
     after: LinearState,
     kind: Kind,
     pattern: Pattern | None,
+    integers: bool,
     statistic: Statistic | None,
     input_scale: Tensor | None,
     seconds: float,
@@ -177,6 +176,8 @@ def examined(
     weight = after.weight
     if kind == "quantize" and after.quantized is None:
         raise MethodError("a quantizer returned no integers; use layer.with_quantized(...)", layer=before.name)
+    if integers and after.quantized is None:
+        raise MethodError("a method that was asked for bits returned no integers", layer=before.name)
     if kind == "branch" and (after.branch is None or (after.quantized is None) is not (before.quantized is None)):
         raise MethodError("a method of kind branch returns layer.with_branch(...)", layer=before.name)
     if after.branch is None and before.branch is not None:

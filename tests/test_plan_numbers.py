@@ -81,14 +81,15 @@ def predicted(part: dict, held: tuple[str, ...] = PROCESS) -> int:
     [
         '{method: wanda, pattern: "2:4"}',
         "{method: gptq, bits: 4, group_size: 64}",
+        "{method: sparsegpt, bits: 4, group_size: 64}",
         '{method: ast, pattern: "2:4", tokens: 1024, batch: 8, micro_batch: 4}',
         '{method: ast, pattern: "2:4", tokens: 1024, batch: 8, micro_batch: 4, slorb: 16}',
     ],
-    ids=["wanda", "gptq", "ast", "slorb"],
+    ids=["wanda", "gptq", "sparsegpt with bits", "ast", "slorb"],
 )
 def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
     monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
-    read = recipe(tmp_path, wide_model, step, samples=1 if "gptq" in step else 16, seq_len=64)
+    read = recipe(tmp_path, wide_model, step, samples=1 if "gpt" in step else 16, seq_len=64)
     told = Estimator.open(read).all()
     run = Run.open(read, Silent())
     (planned,) = run.plan.steps

@@ -92,7 +92,8 @@ class Applying:
     ) -> Examined:
         """What a result is counted to be."""
         pattern = self.patterns.get(before.name)
-        return examined(before, after, self.method.kind, pattern, statistic, scale, seconds)
+        integers = self.method.quantizes(self.arguments)
+        return examined(before, after, self.method.kind, pattern, integers, statistic, scale, seconds)
 
     def _linear(self, given: LinearState, statistic: Statistic | None) -> tuple[LinearState, Examined]:
         """The method on one linear or some rows of it."""

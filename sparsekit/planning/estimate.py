@@ -176,7 +176,7 @@ class Estimator:
             waiting = waiting if waiting <= WAITING_SHARE * free_memory(self.view.device) else 0
         grouped = planned.step.method.scope == "group"
         moments = memory.walk_moments(
-            self.sizes, planned.step.method.name, kind, grouped=grouped,
+            self.sizes, planned.step.method.name, kind, grouped=grouped, integers=planned.step.quantizes,
             samples=samples, seq_len=seq_len, on_device=on_device, in_order=in_order, waiting=waiting,
             holding=holding,
         )  # fmt: skip

@@ -35,7 +35,8 @@ INVERSES = 28  # bytes an entry of the squares on a root's diagonal while they a
 FACTOR_KEPT = 4  # the root in float32, kept for the other linears of the group
 PACKED = (4, 2)  # both, of a root in panels; besides them some panels: as gathered, in float64, divided
 PANELS = 20  # bytes an entry of a panel
-SWEEP = {"gptq": 46, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
+ROUNDED = 46  # bytes a weight of a sweep that rounds: codes and grids besides
+SWEEP = {"gptq": ROUNDED, "sparsegpt": 38, "awq": 36}  # bytes a weight: values, error, codes, grids, mask, turned back
 SCORE = 18  # bytes a weight of a method that scores and ranks: source, score, product, rank, mask
 SENT = 4  # bytes a weight of a block's linears on CUDA, where they are from the start
 RESULT = 5  # bytes a weight of what a block has become: values, and a mask or codes
@@ -156,6 +157,7 @@ def walk_moments(
     in_order: bool,
     waiting: int = 0,
     grouped: bool = False,
+    integers: bool = False,
     holding: Holding = HOLDINGS["auto"],
 ) -> list[Moment]:
     """Moments of a step over blocks, on the device.
@@ -170,6 +172,7 @@ def walk_moments(
         in_order: Groups are collected and solved one by one.
         waiting: Bytes of what the micro-batches hold meanwhile, when they wait for each group.
         grouped: The method is of scope group: the block stays loaded while it works.
+        integers: It leaves some: a pruner that rounds holds what GPTQ holds.
         holding: The recipe's memory mode.
     """
     c, tokens, moments = model.computed, model.micro_batch(samples, seq_len, holding.tokens), list[Moment]()
@@ -196,7 +199,7 @@ def walk_moments(
             moments.append(Moment("collecting", [*running, statistics, update]))
         loaded = grouped or (in_order and not holding.leaves)
         resident = [*states, *([weights] if loaded else []), *became]
-        for name, parts in _solving(model, block, method, kind, holding):
+        for name, parts in _solving(model, block, method, kind, integers, holding):
             moments.append(Moment(name, [*held, *resident, statistics, *parts]))
     return moments
 
@@ -220,7 +223,7 @@ def _calibration(
 
 
 def _solving(
-    model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None, holding: Holding
+    model: ModelSizes, block: BlockSizes, method: str, kind: type[Any] | None, integers: bool, holding: Holding
 ) -> list[tuple[str, list[Part]]]:
     """What a method holds while it works on the linears of a block; what is of a group goes when it is done."""
     found = list[tuple[str, list[Part]]]()
@@ -235,10 +238,9 @@ def _solving(
             size = min(size, holding.weights)
         stack = sum(rows) * n if solves and model.cuda and holding.blocks else size  # swept as one, or one by one
         own = Part("its factor", "2n² packed, else 4n²", kept)
-        squares = Part(
-            "inverses of its squares", f"{INVERSES}n · {BLOCK}", INVERSES * n * min(n, BLOCK) if solves else 0
-        )
-        each = SWEEP.get(method, SCORE)
+        inverses = INVERSES * n * min(n, BLOCK) if solves else 0
+        squares = Part("inverses of its squares", f"{INVERSES}n · {BLOCK}", inverses)
+        each = max(SWEEP.get(method, SCORE), ROUNDED if solves and integers else 0)
         found.append(("solving a layer", [own, squares, Part("linears at work", f"{each}N", each * stack)]))
         # CUDA: some columns of H, both parts of them and a product
         matrix = (12 * min(n, PANEL) if model.cuda else 4 * n) * n if kind in (Gram, CrossGram, StreamGram) else 0

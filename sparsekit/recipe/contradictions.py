@@ -145,9 +145,10 @@ def _wrong_redo(recipe: Recipe) -> Iterator[tuple[Keys, str]]:
         yield keys, f"{name} trains the whole model, so single layers cannot be redone; put a pruner or quantizer last"
     if gates.redo.bits is None:
         return
-    if "bits" not in last.method.parameters.model_fields:
+    bits = last.values.get("bits")
+    if bits is None:
         yield (*keys, "bits"), f"{name} has no bits; leave them out, and the worst layers stay as they were before it"
-    elif gates.redo.bits <= (getattr(last.params, "bits") or 0):  # noqa: B009  # the method's own parameter
+    elif gates.redo.bits <= bits:
         yield (*keys, "bits"), f"bits {gates.redo.bits} is no higher precision than that of {name}"
     integers = [name for name in recipe.export.formats if FORMATS[name].storage is not None]
     if integers:

@@ -53,6 +53,11 @@ class Subject:
         key = self.method.accepts(Pattern)
         return self.arguments[key] if key else None
 
+    @property
+    def integers(self) -> bool:
+        """Whether it must return some."""
+        return self.method.quantizes(self.arguments)
+
     def apply(self, given: Given) -> dict[str, LinearState]:
         """Call the method as the driver does; its linears by name.
 
@@ -134,7 +139,7 @@ def pattern(subject: Subject) -> None:
             raise ContractError("it returned no mask; use layer.masked(mask) or layer.updated(weight, mask)")
         as_the_driver(subject, given.layers[name], after, subject.pattern)
         wanted = subject.pattern.sparsity if subject.pattern else None
-        share = float((after.weight == 0).float().mean())
+        share = _pruned(after)
         if wanted is not None and abs(share - wanted) > NEAR:
             told = f"{share:.3f} of the weights are zero, {subject.pattern} means {wanted:.3f}"
             raise ContractError(f"{told}; pattern.keep(score) chooses as many as it should")
@@ -153,7 +158,7 @@ def unstructured(subject: Subject) -> None:
         hint = "refuse what it cannot do: if not pattern.structured: raise MethodError(...)"
         raise ContractError(f"with sparsity 0.5 {error}; {hint}") from error
     for after in results.values():
-        share = float((after.weight == 0).float().mean())
+        share = _pruned(after)
         if abs(share - 0.5) > NEAR:
             hint = "pattern.keep(score) knows both, N:M and a share of the weights"
             raise ContractError(f"asked for sparsity 0.5 it pruned {share:.3f}; {hint}")
@@ -164,6 +169,8 @@ def mask_kept(subject: Subject) -> None:
     chooses = subject.method.kind == "prune" and not refines(subject.method)
     given = specimen(subject.method, masked=not chooses)
     results = subject.apply(given)
+    if chooses and subject.integers:  # nothing may come after it
+        return
     if chooses:
         quantize = Subject(METHODS.get("rtn"), arguments_of(METHODS.get("rtn"), {"group_size": -1}))
         for after in results.values():
@@ -266,12 +273,18 @@ def _delivers(subject: Subject, given: Given) -> None:
         as_the_driver(subject, given.layers[name], after, subject.pattern)
 
 
+def _pruned(after: LinearState) -> float:
+    """Share of pruned weights; integers may be 0 without being pruned."""
+    zero = after.weight == 0 if after.quantized is None or after.mask is None else ~after.mask
+    return float(zero.float().mean())
+
+
 def as_the_driver(subject: Subject, before: LinearState, after: LinearState, wanted: Pattern | None) -> None:
     """What the driver checks after every call; AWQ's scale is not undone, so the error is not looked at."""
     kept = subject.method.kind in ("quantize", "branch")  # these leave masks alone
     plain = before if kept else replace(before, mask=None)
     try:
-        verified(plain, after, kind=subject.method.kind, pattern=wanted)
+        verified(plain, after, kind=subject.method.kind, pattern=wanted, integers=subject.integers)
     except MethodError as error:
         raise ContractError(str(error)) from error
 
