@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sparsekit.models.chain import Chain
 from sparsekit.pattern import Pattern
 from sparsekit.planning.plan import PlannedStep
 from sparsekit.recipe.entries import Redo
 from sparsekit.reporting.numerals import numbered
+from sparsekit.verify import verified
 
 Record = Mapping[str, Any]
 
@@ -61,6 +63,17 @@ def redone(
     kept = {name: pattern for name, pattern in planned.patterns.items() if name not in names}
     patterns = {**kept, **{name: before[name] for name in names if name in before}}
     return replace(again, selected=planned.selected - set(names), patterns=patterns)
+
+
+def left_out(planned: PlannedStep, start: Chain) -> Iterator[dict[str, Any]]:
+    """Records of the layers that a repeated step leaves as they are at its start, with no error of its own."""
+    names = set() if planned.redone.get("bits") else set(planned.redone.get("layers", ()))
+    for index in range(len(start.view.blocks)):
+        if here := names & start.view.linears(index).keys():
+            states = start.block(index).linears
+            for name in sorted(here):
+                state = states[name]
+                yield verified(state, state, kind="prune", pattern=planned.patterns.get(name)).as_dict()
 
 
 def _told(redo: Redo, names: Sequence[str], error: Mapping[str, float]) -> str:

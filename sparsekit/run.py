@@ -176,20 +176,20 @@ class Run:
             with self.recipe.placing(*keys):
                 self.windows(entry)
 
-    def _step(self, planned: PlannedStep, chain: Chain, before: dict[str, Any]) -> tuple[Chain, dict[str, Any]]:
+    def _step(self, planned: PlannedStep, start: Chain, before: dict[str, Any]) -> tuple[Chain, dict[str, Any]]:
         directory = self.shared / "steps" / planned.directory
         store = StepStore(directory, self.view.dtype)
         record = store.finished(planned.fingerprint)
         cached = record is not None
         if record is None:
             self.listener.started(planned.title)
-            result = measured(self.view.device, lambda: self.work.apply(planned, chain, store))
+            result = measured(self.view.device, lambda: self.work.apply(planned, start, store))
             store.finish(planned.fingerprint, result)
         else:
             result = record["result"]
-        chain = chain.then(store, trains=planned.step.method.kind == "train")
+        chain = start.then(store, trains=planned.step.method.kind == "train")
         after = self.scoring.perplexity(chain, directory, planned.fingerprint, f"{planned.title}: perplexity")
-        summary = summarise(planned, store, result, len(self.view.blocks), before, after)
+        summary = summarise(planned, store, result, start, before, after)
         self.summaries.append(summary)
         self.listener.finished(summary, cached=cached)
         return chain, after
@@ -234,7 +234,7 @@ class Run:
             "shared": str(self.shared.absolute()),
             "environment": environment(self.view),
             "model": {"path": str(self.view.path), "parameters": coverage.total, "digest": self.plan.model_digest},
-            "coverage": covered(coverage),
+            "coverage": covered(self.plan, self.view, self.last),
             "notes": [*self.plan.notes, *said(dense, {})],
             "dense": dense,
             "final": final,

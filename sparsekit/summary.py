@@ -12,8 +12,10 @@ import transformers
 from sparsekit import __version__
 from sparsekit.checkpoint import StepStore
 from sparsekit.ladder import counted
+from sparsekit.models.chain import Chain
 from sparsekit.models.view import ModelView
-from sparsekit.planning.plan import Coverage, PlannedStep
+from sparsekit.planning.plan import Plan, PlannedStep
+from sparsekit.redo import left_out
 
 
 def gate_row(name: str, allowed: float, dense: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,12 +35,13 @@ def summarise(
     planned: PlannedStep,
     store: StepStore,
     result: Mapping[str, Any],
-    blocks: int,
+    start: Chain,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What one step did, for the terminal and the report."""
-    layers = [layer for index in range(blocks) for layer in store.layers(index)]
+    layers = [layer for index in range(len(start.view.blocks)) for layer in store.layers(index)]
+    layers += left_out(planned, start)
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     zeros = sum(layer["sparsity"] * layer["shape"][0] * layer["shape"][1] for layer in layers)
     patterns = sorted({layer["pattern"] for layer in layers if layer["pattern"]})
@@ -103,11 +106,22 @@ def environment(view: ModelView) -> dict[str, str]:
     }
 
 
-def covered(coverage: Coverage) -> dict[str, Any]:
-    """Which parameters the run reached, for the report."""
+def covered(plan: Plan, view: ModelView, last: PlannedStep | None) -> dict[str, Any]:
+    """Which parameters the run reached, for the report.
+
+    Args:
+        plan: What was meant to be.
+        view: The model.
+        last: The last step as it was done; a gate may have made it leave out layers.
+    """
+    coverage = plan.coverage
+    done = [*plan.steps[:-1], *([last] if last else [])]
+    dense = frozenset().union(*(step.selected for step in plan.steps)).difference(*(step.selected for step in done))
+    left = sum(row.numel for row in view.ledger() if row.category == "linear" and row.name in dense)
     return {
-        "compressed": coverage.compressed,
+        "compressed": coverage.compressed - left,
         "ignored": coverage.ignored,
+        **({"gate": left} if left else {}),
         "by_rule": coverage.by_rule,
         "unreachable": dict(coverage.unreachable),
         "share": coverage.share,

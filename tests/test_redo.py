@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from sparsekit.cli import main
 from sparsekit.errors import RecipeError
 from sparsekit.recipe import read_recipe
 from sparsekit.redo import rounds, worst_layers
 from sparsekit.reporting.findings import named
+from sparsekit.terminal.console import step_line
 
 RECIPE = """\
 name: gate
@@ -86,12 +88,34 @@ def test_layers_left_out_stay_as_the_step_before_had_them(tmp_path, random_model
     code, report = run(write(tmp_path, random_model, CHAIN, gates("0.0", "{most: 2}"), "dense, gptq"))
     assert code == 3
     last, worst = report["steps"][-1], worst_layers(report["steps"][1]["layers"])
-    assert {layer["name"] for layer in last["layers"]} == set(worst[2:])
+    assert {layer["name"] for layer in last["layers"] if layer["bits"]} == set(worst[2:])
+    assert {layer["name"] for layer in last["layers"] if not layer["bits"]} == set(worst[:2])
+    assert last["groups"] == report["steps"][0]["groups"]  # theirs are counted again
+    assert last["sparsity"] >= 0.5
+    assert "gate" not in report["coverage"]  # Wanda has compressed them
     with safe_open(tmp_path / "run" / "export" / "gptq" / "model.safetensors", "pt") as file:
         names = set(file.keys())
         kept = file.get_tensor(f"{worst[0]}.weight")
     assert f"{worst[2]}.qweight" in names
     assert int((kept != 0).reshape(len(kept), -1, 4).sum(-1).max()) <= 2  # Wanda's pattern is still held
+
+
+@pytest.mark.usefixtures("missed")
+def test_layers_that_stay_dense_count_as_dense(tmp_path, random_model):
+    steps = '[{method: magnitude, pattern: "2:4"}]'
+    _, report = run(write(tmp_path, random_model, steps, gates("0.0", "{most: 2}")))
+    first, last = report["steps"][0], report["steps"][-1]
+    sizes = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in first["layers"]}
+    left = sum(sizes[name] for name in worst_layers(first["layers"])[:2])
+    assert last["sparsity"] == pytest.approx(0.5 * (1 - left / sum(sizes.values())))
+    assert {layer["name"] for layer in last["layers"] if layer["sparsity"] == 0} == set(last["redone"]["layers"])
+    coverage = report["coverage"]
+    assert (coverage["compressed"], coverage["gate"]) == (sum(sizes.values()) - left, left)
+    assert "| left dense for a gate | " + f"{left:,} |" in (tmp_path / "run" / "report.md").read_text()
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(step_line(last, cached=False))
+    assert f"magnitude, 2 layers left out sparsity {last['sparsity']:.3f}" in " ".join(captured.get().split())
 
 
 def test_rounds_double():

@@ -33,6 +33,7 @@ BYTES = (
 COVERED = (
     ("compressed", "compressed"),
     ("ignored", "left dense by the recipe"),
+    ("gate", "left dense for a gate"),
     ("by_rule", "dense by rule: embeddings, head, norms, biases"),
 )
 
@@ -207,7 +208,7 @@ def _titles(*titles: str) -> list[Column]:
 def coverage_table(coverage: Record) -> Table:
     """Every parameter of the model, by what became of it."""
     total = coverage["total"]
-    counts = [(label, coverage[key]) for key, label in COVERED]
+    counts = [(label, coverage[key]) for key, label in COVERED if key in coverage]
     counts += [(f"out of reach: {name}", count) for name, count in coverage["unreachable"].items()]
     rows = [
         [Cell(label), Cell(f"{count:,}"), Cell(percent(count / total if total else None))] for label, count in counts
@@ -229,8 +230,7 @@ def gate_table(gates: Sequence[Record]) -> Table:
         ]
         for gate in gates
     ]
-    columns = [Column("text"), *numbers("dense", "final", "increase", "allowed"), Column("gate")]
-    return Table("Gates", columns, rows)
+    return Table("Gates", [Column("text"), *numbers("dense", "final", "increase", "allowed"), Column("gate")], rows)
 
 
 def layer_table(step: Record) -> Table:
