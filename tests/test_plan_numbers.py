@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -22,10 +23,11 @@ from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.planning.disk_model import checkpoint_bytes
+from sparsekit.planning.disk_time import Files
 from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
-from sparsekit.planning.microbench import Bench, Files, _extrapolated
+from sparsekit.planning.microbench import Bench, _extrapolated
 from sparsekit.planning.reading import SAMPLE, tokens_of
 from sparsekit.planning.training_memory import branch_parameters, training_moments
 from sparsekit.recipe import Recipe, read_recipe
@@ -294,6 +296,20 @@ def test_what_does_not_fit_the_budget_is_extrapolated(random_model, tmp_path):
     assert set(found) == set(sizes.blocks[0].linears)
     assert all(seconds > 0 for seconds in found.values())
     assert bench.notes
+
+
+@pytest.mark.parametrize("refusing", ["os.fsync", "tempfile.mkdtemp"])
+def test_a_full_disk_is_no_reason_not_to_plan(tmp_path, random_model, monkeypatch, refusing):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    estimator = Estimator.open(recipe(tmp_path, random_model, "{method: rtn, group_size: 16}"))
+    monkeypatch.setattr(refusing, full)
+    told = estimator.all()
+    assert told["steps"][0]["disk"] > 0
+    (note,) = (note for note in told["notes"] if "No space left" in note)
+    assert note.startswith("the time of files is not in it: ")
+    assert [place.name for place in tmp_path.iterdir()] == ["plan.yaml"]
 
 
 def test_files_are_read_and_written_while_another_block_is_worked_on():

@@ -19,10 +19,11 @@ from sparsekit.opening import open_tokenizer, open_view
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
 from sparsekit.planning.disk_model import bound_notes, checkpoint_bytes, exports_bytes, step_bytes
+from sparsekit.planning.disk_time import Files, file_seconds
 from sparsekit.planning.fates import layers
 from sparsekit.planning.fingerprint import NOT_READ
 from sparsekit.planning.foreseen import Foreseen
-from sparsekit.planning.microbench import Bench, Files
+from sparsekit.planning.microbench import Bench
 from sparsekit.planning.peak import resident_now
 from sparsekit.planning.plan import Plan, PlannedStep, make_plan, texts_of
 from sparsekit.planning.reading import reading_seconds, tokens_bytes, tokens_of
@@ -84,7 +85,7 @@ class Estimator:
     def all(self) -> dict[str, Any]:
         """Everything, for the terminal and for JSON."""
         self.bench.deadline = time.monotonic() + self.bench.budget
-        files = self.bench.file_seconds(self.recipe.output_directory())
+        files = file_seconds(self.bench, self.recipe.output_directory())
         head = self.bench.head_seconds()
         steps = [self._step(planned, head, files) for planned in self.plan.steps]
         scoring = self._scoring(head, files)

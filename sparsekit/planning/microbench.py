@@ -1,9 +1,8 @@
 """A few seconds of the real work on made-up values, to predict how long all of it takes.
 
 What a run spends its time on is run here on the device in its own code: a block's forward, a statistic's
-update, the method on single linears and the proof of its result, a training block's backward, the head,
-the comparison of logits, a block's file. What does not fit the budget is extrapolated from smaller linears
-of the same step.
+update, the method on single linears and the proof of its result, a training block's backward, the head
+and the comparison of logits. What does not fit the budget is extrapolated from smaller linears of the same step.
 
 On CUDA the first call of everything is not counted: it loads and compiles kernels. What first calls took
 beyond later ones is the start-up, which a process pays once and not for every layer.
@@ -12,12 +11,10 @@ beyond later ones is the start-up, which a process pays once and not for every l
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,6 @@ import torch.nn.functional as F
 
 from sparsekit.blockwise.activations import free_memory
 from sparsekit.blockwise.stacking import STACK_BYTES, STACK_SHARE, STACKING
-from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import PluginError
 from sparsekit.evaluation.evaluate import agreement, window_losses
 from sparsekit.models.shapes import BlockSizes, ModelSizes, Shape, entering, width_of
@@ -38,32 +34,11 @@ from sparsekit.verify import same_group, verified
 
 BUDGET = 5.0  # seconds for everything
 SAMPLE = 1024  # tokens of a made-up Gram matrix
-DISK = 32 * 2**20  # bytes of a block's file that times the disk
 SLOW = 0.3  # seconds for one figure, unless a single run takes longer
 REPEATS = 10
-FILES = 3  # files that are written, of either size
 MOVED = 64 * 2**20  # bytes of a tensor that times the memory
 SMALL = 2048  # tokens of a timed forward, at most, on a CPU; a GPU is timed with what a run gives it
 LOGITS = 2**22  # logits that are compared to time it, about
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """What the file of a block takes: seconds whatever its size, and seconds a byte.
-
-    Attributes:
-        constant: Written, synced and read back.
-        written: Packed, written and synced, with its digests.
-        read: Read back, checked.
-    """
-
-    constant: float
-    written: float
-    read: float
-
-    def seconds(self, files: int, size: int) -> float:
-        """So many files of so many bytes in all, written and read once."""
-        return files * self.constant + size * (self.written + self.read)
 
 
 @dataclass(slots=True)
@@ -88,20 +63,21 @@ class Bench:
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds of the fastest of a few runs after a warm-up: other processes only ever make one slower."""
-        first = self._once(work)
+        first = self.once(work)
         if self.view.device.type != "cuda" and first > SLOW:
             return first  # it warms up little, and the budget is small
-        best, started = self._once(work), time.monotonic()
+        best, started = self.once(work), time.monotonic()
         if self.view.device.type == "cuda":
             self.startup += max(0.0, first - best)
             self.deadline += max(0.0, first - best)
         for _ in range(REPEATS):
             if time.monotonic() + best - started > SLOW:
                 break
-            best = min(best, self._once(work))
+            best = min(best, self.once(work))
         return best
 
-    def _once(self, work: Callable[[], Any]) -> float:
+    def once(self, work: Callable[[], Any]) -> float:
+        """Seconds of one run, the device's work included."""
         self._wait()
         start = time.perf_counter()
         work()
@@ -264,23 +240,6 @@ class Bench:
         """What an elementwise operation moves in memory."""
         one, two = (torch.ones(MOVED // 4, device=self.view.device) for _ in range(2))
         return 3 * MOVED / self.timed(lambda: one.add_(two))
-
-    def file_seconds(self, directory: Path) -> Files:
-        """What files of blocks take where a run would write them."""
-        place = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.is_dir())
-        size = DISK // self.view.dtype.itemsize
-        with tempfile.TemporaryDirectory(prefix=".sparsekit-", suffix=".tmp", dir=place) as made:
-            store = StepStore(Path(made), self.view.dtype)
-            small, large = (self._file(store, count) for count in (1024, size))
-        written, read = (max(0.0, (large[i] - small[i]) / DISK) for i in range(2))
-        return Files(sum(small), written, read)
-
-    def _file(self, store: StepStore, count: int) -> tuple[float, float]:
-        """Seconds to write a block of one linear, and to read it back; the fastest of a few times, as everything."""
-        block = BlockState({"linear": LinearState("linear", self.random(count // 1024, 1024, dtype=torch.float32))})
-        work: tuple[Callable[[], Any], ...] = (lambda: store.commit_block(0, block, []), lambda: store.block(0))
-        writing, reading = zip(*(map(self._once, work) for _ in range(FILES)), strict=True)
-        return min(writing), min(reading)
 
 
 def _same(vector: torch.Tensor) -> torch.Tensor:
