@@ -6,7 +6,8 @@ from packed import random_packed
 from torch import Tensor
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import TOKEN_TILE, DecodeWeight, Device, arrange, choose
+from sparsekit.kernels.decode import TOKEN_TILE, Device, choose
+from sparsekit.kernels.decode_layout import DecodeWeight, arrange
 
 
 def words(tensor: Tensor) -> list[int]:

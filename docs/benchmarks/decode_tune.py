@@ -26,7 +26,8 @@ from decode import SHAPES, linears_of
 from decode_linears import ROTATE, measure, random_packed
 
 from sparsekit.kernels import decode
-from sparsekit.kernels.decode import TOKEN_TILE, Device, Setting, arrange, multiply
+from sparsekit.kernels.decode import TOKEN_TILE, Device, Setting, multiply
+from sparsekit.kernels.decode_layout import arrange
 
 REGISTERS = 65536
 FLIGHT = (14 * 1024, 160 * 1024)  # bytes on their way to a multiprocessor, least and most

@@ -11,7 +11,7 @@
 //   GROUPS   scales of a row in 128 inputs: 1, 2 or 4
 //   BLOCKS   blocks that shall fit a multiprocessor at once, which limits registers
 //
-// Weights lie in units of 16 rows x 128 inputs in the order in which the lanes of a warp read them (decode.py,
+// Weights lie in units of 16 rows x 128 inputs in the order in which the lanes of a warp read them (decode_layout.py,
 // `arrange`): codes, then metadata, then scales. Every warp walks over units of its rows, and the warps of a block add
 // up their sums in a fixed order, so a result never depends on timing.
 

@@ -1,18 +1,13 @@
 """Products with packed 4-bit weights for few tokens: launches the CUDA kernels of `decode.cu`.
 
 The kernels are compiled by NVRTC, which torch brings, when they are first needed: no compiler has to be installed.
-`arrange` puts a weight into the order in which tensor cores take it; the kernel then reads every byte once, hands
-the 2:4 positions to `mma.sp` undecoded, and widens integers in registers. Their slow reference is
+`arrange` puts a weight into the order in which tensor cores take it (decode_layout.py); the kernel then reads every
+byte once, hands the 2:4 positions to `mma.sp` undecoded, and widens integers in registers. Their slow reference is
 `sparsekit.inference.packed.multiply_reference`.
-
-One unit is 16 rows x 128 inputs: the codes as 32 lanes hold them, the metadata of `mma.sp.m16n8k32`, the scales.
-The layouts are those of the PTX ISA, sections "Matrix Fragments for mma.m16n8k16" and "Matrix Fragments for sparse
-mma.m16n8k32". Inputs are renumbered inside 32 of them, so that a lane reads eight consecutive ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +16,12 @@ import torch
 from torch import Tensor
 
 from sparsekit.inference.packed import PackedWeight
+from sparsekit.kernels.decode_layout import INPUTS, ROW_TILE, DecodeWeight, arrange
+
+__all__ = ["MAX_TOKENS", "arrange", "expand", "multiply", "why_not"]  # what `inference.linear` asks of a kernel
 
 AT_ONCE = 32  # tokens of a launch
 MAX_TOKENS = 96  # three launches take less time than to dequantize a weight once, then cuBLAS (H100, 7B and 70B)
-ROW_TILE, INPUTS = 16, 128  # of a unit
 TOKEN_TILE = 8
 PLAIN_SHARED = 48 * 1024  # bytes of shared memory that need no request
 DTYPES = (torch.float16, torch.bfloat16)
@@ -121,23 +118,6 @@ CUTS = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DecodeWeight:
-    """A weight in the kernel's order.
-
-    Attributes:
-        units: int32 [row tiles, units of 128 inputs, words].
-        shape: (out, in) without padding.
-        sparse: 2:4, else dense.
-        scales: Scales of a row in 128 inputs: 1, 2 or 4.
-    """
-
-    units: Tensor
-    shape: tuple[int, int]
-    sparse: bool
-    scales: int
-
-
 def why_not(packed: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels cannot take a weight; None if they can."""
     if device.type != "cuda":
@@ -153,22 +133,6 @@ def why_not(packed: PackedWeight, dtype: torch.dtype, device: torch.device) -> s
     if not torch.equal(packed.scales.half().float(), packed.scales.float()):
         return f"scales of {str(packed.scales.dtype).removeprefix('torch.')} that float16 does not hold"
     return None
-
-
-def arrange(packed: PackedWeight) -> DecodeWeight:
-    """A weight in the kernel's order, on the device where it is; nothing of `packed` is kept."""
-    out, columns = packed.shape
-    rows, inputs = _padded(out, ROW_TILE), _padded(columns, INPUTS)
-    scales = max(1, INPUTS // packed.group_size)
-    if packed.positions is None:
-        parts = [_dense_codes(_pad(_nibbles(packed.values), rows, inputs, 8))]
-    else:
-        values = _pad(_nibbles(packed.values), rows, inputs // 2, 8)
-        positions = _pad(_nibbles(packed.positions), rows, inputs // 4, 0b0100)
-        parts = [_sparse_codes(values), _metadata(positions)]
-    parts.append(_scale_words(packed, rows, inputs, scales))
-    units = torch.cat(parts, 2).contiguous()
-    return DecodeWeight(units, (out, columns), packed.positions is not None, scales)
 
 
 def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) -> Tensor:
@@ -229,82 +193,6 @@ def choose(tokens: int, row_tiles: int, unit: int, device: Device) -> Setting:
     while cut.shared_bytes(-(-tokens // TOKEN_TILE), unit) > device.shared and cut.input_warps > 1:
         cut = cut._replace(input_warps=cut.input_warps - 1)
     return cut if device.clusters else cut._replace(split=1)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _pad(tensor: Tensor, rows: int, columns: int, value: int) -> Tensor:
-    missing = (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])
-    return torch.nn.functional.pad(tensor, missing, value=value) if any(missing) else tensor
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """int32 [rows, 2 columns] of bytes [rows, columns], the low nibble first."""
-    wide = packed.int()
-    return torch.stack((wide & 15, wide >> 4), 2).flatten(1)
-
-
-def _words(fields: Tensor, bits: int) -> Tensor:
-    """int32 words of fields [..., 32 / bits], the first in the lowest bits."""
-    shifts = torch.arange(0, 32, bits, device=fields.device, dtype=torch.int64)
-    total = (fields.long() << shifts).sum(-1)
-    return torch.where(total >= 2**31, total - 2**32, total).int()
-
-
-def _tiles(fields: Tensor, row: int) -> Tensor:
-    """[row tiles, units, half, row of the half, ...] of [rows, row fields a unit each]."""
-    rows, columns = fields.shape
-    return fields.reshape(rows // ROW_TILE, 2, ROW_TILE // 2, columns // row, row).permute(0, 3, 1, 2, 4)
-
-
-def _sparse_codes(values: Tensor) -> Tensor:
-    """Words [row tiles, units, 128] of codes [rows, in / 2]: for a lane the four words of its four times 32 inputs.
-
-    Nibble i and i + 4 of a word are the two codes of a group of four: row g and row g + 8 of the lane's first group,
-    then of its second.
-    """
-    tiles = _tiles(values, INPUTS // 2)  # [R, U, half, g, 64]
-    grouped = tiles.reshape(*tiles.shape[:4], 4, 8, 2)  # 32 inputs k, group, which of its two codes
-    lane = torch.arange(4, device=values.device)
-    first = 4 * (lane & 1) + (lane >> 1)
-    picked = torch.stack((grouped[..., first, :], grouped[..., first + 2, :]), -1)  # [R, U, half, g, k, t, code, pair]
-    ordered = picked.permute(0, 1, 3, 5, 4, 6, 7, 2)  # [R, U, g, t, k, code, pair, half]
-    return _words(ordered.flatten(5), 4).flatten(2)
-
-
-def _metadata(positions: Tensor) -> Tensor:
-    """Words [row tiles, units, 64] of positions [rows, in / 4], 4 bits a group: for a lane one word for 64 inputs.
-
-    Of every four lanes two serve the first 32 inputs and two the second. The first of the two has the tensor core's
-    groups 0 to 3 and the other 4 to 7, of row g in the low half and of row g + 8 in the high half.
-    """
-    tiles = _tiles(positions, INPUTS // 4)  # [R, U, half, g, 32]
-    grouped = tiles.reshape(*tiles.shape[:4], 2, 2, 8)  # 64 inputs, 32 inputs f, group
-    logical = torch.arange(8, device=positions.device).reshape(2, 4)
-    found = grouped[..., 4 * (logical & 1) + (logical >> 1)]  # [R, U, half, g, w, f, h, j]
-    ordered = found.permute(0, 1, 3, 5, 6, 4, 2, 7)  # [R, U, g, f, h, w, half, j]
-    return _words(ordered.flatten(6), 4).flatten(2)
-
-
-def _dense_codes(codes: Tensor) -> Tensor:
-    """Words [row tiles, units, 256] of codes [rows, in]: two planes of four words a lane."""
-    tiles = _tiles(codes, INPUTS)  # [R, U, half, g, 128]
-    split = tiles.reshape(*tiles.shape[:4], 2, 2, 4, 2, 2, 2)  # plane, k, t, h, pair of columns, column
-    ordered = split.permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2)  # [R, U, plane, g, t, k, h, column, pair, half]
-    return _words(ordered.flatten(7), 4).flatten(2)
-
-
-def _scale_words(packed: PackedWeight, rows: int, inputs: int, scales: int) -> Tensor:
-    """Words [row tiles, units, 8 scales]: float16 of row g low, of row g + 8 high."""
-    each = packed.scales.half()
-    if packed.group_size > INPUTS:
-        each = each.repeat_interleave(packed.group_size // INPUTS, 1)
-    padded = torch.nn.functional.pad(each, (0, inputs * scales // INPUTS - each.shape[1], 0, rows - each.shape[0]))
-    bits = padded.view(torch.int16).int() & 0xFFFF
-    ordered = _tiles(bits, scales).permute(0, 1, 4, 3, 2)  # [R, U, scale, g, half]
-    return _words(ordered, 16).flatten(2)
 
 
 @lru_cache

@@ -5,7 +5,8 @@ import torch
 from packed import random_packed
 
 from sparsekit.inference.packed import dequantize
-from sparsekit.kernels.decode import AT_ONCE, DTYPES, MAX_TOKENS, Setting, arrange, expand, multiply
+from sparsekit.kernels.decode import AT_ONCE, DTYPES, MAX_TOKENS, Setting, expand, multiply
+from sparsekit.kernels.decode_layout import arrange
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(40, 160, 32, True), (192, 1024, 64, True), (1024, 4096, 128, True), (4096, 1408, 128, True),
