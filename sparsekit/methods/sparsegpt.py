@@ -39,7 +39,7 @@ def _wrong(values: Mapping[str, Any]) -> tuple[str, str] | None:
     stats=Gram,
     rowwise=lambda arguments: arguments["pattern"].structured,
     check=_wrong,
-    integers=lambda arguments: arguments["bits"],
+    integers=lambda arguments: arguments.get("bits"),
 )
 def sparsegpt(
     layer: LinearState,

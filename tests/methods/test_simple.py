@@ -131,7 +131,7 @@ def test_parameters_are_the_recipe_schema():
     for name, parameters in {
         "magnitude": {"pattern", "per"},
         "wanda": {"pattern"},
-        "sparsegpt": {"pattern", "damp", "block_size", "group_order"},
+        "sparsegpt": {"pattern", "damp", "block_size", "group_order", "bits", "group_size", "symmetric", "mse"},
         "rtn": {"bits", "group_size", "symmetric", "mse"},
         "gptq": {"bits", "group_size", "symmetric", "act_order", "mse", "damp"},
     }.items():
