@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit.blockwise.stacking import sent
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.files import write_text
@@ -124,8 +123,7 @@ class Training:
                 if name in trained.linears:
                     after = trained.linears[name]
                     wanted = self.patterns.get(name)
-                    pair = (sent(state, self.view.device) for state in (before, after))
-                    record = verified(*pair, kind=self.method.kind, pattern=wanted, integers=integers)
+                    record = verified(before, after, kind=self.method.kind, pattern=wanted, integers=integers)
                     records.append(record.as_dict())
                     linears[name] = after
             params = {name: trained.params.get(name, value) for name, value in block.params.items()}
