@@ -75,7 +75,7 @@ class Known:
     Attributes:
         digest: sha256 of its content.
         version: Of the file, before it was read.
-        at: When, in nanoseconds.
+        at: When, in nanoseconds; a change within the tick before may not show. A tick later where there can be none.
     """
 
     digest: str

@@ -38,13 +38,12 @@ MOST = 130  # settings of a case that are timed
 def settings(token_tiles: int, tiles: int, unit: int, device: Device) -> Iterator[tuple[float, Setting]]:
     """Settings worth a try, with the share of time that multiprocessors are busy."""
     rows, inputs = (1, 2, 3, 4, 5, 6, 7, 9, 14), (1, 2, 3, 4, 6, 8, 12, 16)
-    tiles_of_warp, splits = ((1, 2, 3, 4, 5, 6), (1,)) if token_tiles == 1 else ((1, 2, 3, 4, 6, 8), (1, 2, 4))
-    splits = splits if device.clusters else (1,)
+    tiles_of_warp = (1, 2, 3, 4, 5, 6) if token_tiles == 1 else (1, 2, 3, 4, 6, 8)
+    splits, processors = (1, 2, 4) if token_tiles > 1 and device.clusters else (1,), device.processors
     every = itertools.product(tiles_of_warp, rows, inputs, (1, 2, 3, 4), (2, 3, 4), splits)
     for m, wr, wk, blocks, stages, split in every:
         cut = Setting(m, wr, wk, blocks, stages, split)
         count = -(-tiles // (m * wr)) * split
-        processors = device.processors
         busy = tiles * split / (processors * -(-count // processors) * m * wr)
         registers = 48 + 4 * m * token_tiles + 16 * token_tiles
         fits = (

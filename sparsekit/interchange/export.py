@@ -117,7 +117,7 @@ def export_as(
             tally.bytes.adapter = write_adapter(target, branches, view.dtype, integers=small)
             tally.parameters += sum(branch.parameters for branch in branches.values())
             notes += adapter_notes(branches, tally.bytes.adapter, integers=small)
-        files = writer.close()
+        files = writer.close(target)
         written = storage_format.name if setting is None else _written(storage_format, setting)
         _write_marker(target, written, name, tally, files, masks)
         if storage is not None and setting is not None:
@@ -187,10 +187,11 @@ class _Writer:
             self._shards.add(f"{name}.{suffix}", tensor)
         self.tally.add_packed(tensors, parts, weights)
 
-    def close(self) -> dict[str, dict[str, Any]]:
-        paths = self._shards.close()
-        self.tally.check(sum(map(header_bytes, paths)), sum(path.stat().st_size for path in paths))
-        return self._shards.files
+    def close(self, target: Path) -> Files:
+        files = self._shards.close()
+        headers = sum(header_bytes(target / name) for name in files)
+        self.tally.check(headers, sum(about["bytes"] for about in files.values()))
+        return files
 
 
 def _named_blocks(view: ExportedModel, blocks: Blocks) -> Iterator[tuple[BlockState, set[str]]]:

@@ -108,12 +108,7 @@ def _exchange(one: Path, two: Path) -> bool:
 
 
 class ShardWriter:
-    """Writes tensors in the order they come, a new file when the limit is reached.
-
-    Attributes:
-        files: Size and sha256 of each file by its name, complete once it is closed.
-        total_bytes: Of the tensors.
-    """
+    """Writes tensors in the order they come, a new file when the limit is reached."""
 
     def __init__(self, directory: Path, limit: int = MAX_SHARD, stem: str = "model") -> None:
         self._directory = directory
@@ -123,7 +118,6 @@ class ShardWriter:
         self._open_bytes = 0
         self._shards: list[tuple[list[str], str]] = []  # names of tensors, and the sha256 of their file
         self._names: set[str] = set()
-        self.files: dict[str, dict[str, Any]] = {}
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -146,19 +140,19 @@ class ShardWriter:
     def _part(self, number: int) -> Path:
         return self._directory / f"part-{number:05d}.safetensors"
 
-    def close(self) -> list[Path]:
-        """Write what is left, name the files and write their index; returns the files."""
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Write what is left, name the files and write their index; returns size and sha256 of each file by name."""
         if self._open or not self._shards:
             self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        files = []
+        files: dict[str, dict[str, Any]] = {}
         for number, (names, digest) in enumerate(self._shards, 1):
             part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
             name = f"{self._stem}{part}.safetensors"
-            os.rename(self._part(number), self._directory / name)
-            files.append(self._directory / name)
-            self.files[name] = {"bytes": files[-1].stat().st_size, "sha256": digest}
+            path = self._directory / name
+            os.rename(self._part(number), path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": digest}
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
