@@ -42,7 +42,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "slorb": [{"method": "ast", "pattern": "2:4", "tokens": 524288, "batch": 32, "slorb": 16}],
 }
 USUAL = ("wanda", "gptq", "sparsegpt", "ast")
-FEW = {"tokens": 786432, "batch": 32}  # of a training step of llama1b: 24 steps
+FEW = {"tokens": 1572864, "batch": 32}  # of a training step of llama1b: 48 steps
 WITHIN = 100.0  # seconds of a part after which no step is begun
 ASIDE = ("Python and its libraries",)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekit.blockwise.stacking import placed
+from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
 from sparsekit.files import write_text
@@ -114,21 +116,23 @@ class Training:
         write_text(path, "".join(json.dumps(line) + "\n" for line in self._log))
 
     def _commit(self, blocks: Sequence[BlockState], trained: Trained) -> None:
-        """Verify what was trained and write it, block by block."""
+        """Verify what was trained and write it, block by block, each on the device: a CPU takes minutes for it."""
         inside: set[str] = set()
         integers = self.method.quantizes(self.arguments)
-        for index, block in enumerate(blocks):
-            linears, records = dict(block.linears), []
-            for name, before in block.linears.items():
-                if name in trained.linears:
-                    after = trained.linears[name]
-                    wanted = self.patterns.get(name)
-                    record = verified(before, after, kind=self.method.kind, pattern=wanted, integers=integers)
-                    records.append(record.as_dict())
-                    linears[name] = after
-            params = {name: trained.params.get(name, value) for name, value in block.params.items()}
-            inside |= block.params.keys()
-            self.store.commit_block(index, BlockState(linears, params), records)
+        with Behind(self.store) as behind:
+            for index, block in enumerate(blocks):
+                linears = {name: trained.linears.get(name, state) for name, state in block.linears.items()}
+                params = {name: trained.params.get(name, value) for name, value in block.params.items()}
+                before, after = (placed(each, self.view.device) for each in (block, BlockState(linears, params)))
+                records = [
+                    verified(
+                        before.linears[name], after.linears[name], kind=self.method.kind,
+                        pattern=self.patterns.get(name), integers=integers,
+                    ).as_dict()
+                    for name in linears if name in trained.linears
+                ]  # fmt: skip
+                behind.commit(index, after, records)
+                inside |= params.keys()
         self.store.commit_rest({name: value for name, value in trained.params.items() if name not in inside})
 
 
