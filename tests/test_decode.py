@@ -29,19 +29,9 @@ def operands(x: Tensor, unit: list[int], sparse: bool, step: int) -> list[tuple[
         a, b = torch.zeros(16, deep, dtype=torch.float64), torch.zeros(deep, len(x), dtype=torch.float64)
         for lane in range(32):
             g, t = divmod(lane, 4)
-            own = x[:, 8 * t : 8 * t + 8].unflatten(1, (4, 2))
-            if sparse:
-                other = x[:, 8 * (t ^ 1) : 8 * (t ^ 1) + 8].unflatten(1, (4, 2))
-                order = (
-                    [(other, 1), (other, 3), (own, 1), (own, 3)]
-                    if t % 2
-                    else [(own, 0), (own, 2), (other, 0), (other, 2)]
-                )
-                pairs = [whose[:, index] for whose, index in order]
-            else:
-                pairs = [own[:, 2 * half], own[:, 2 * half + 1]]
-            for index, pair in enumerate(pairs):
-                b[2 * t + 8 * index : 2 * t + 8 * index + 2] = pair.T
+            own = x[:, 16 * half : 16 * half + deep].unflatten(1, (deep // 8, 4, 2))[:, :, t]  # of every eight inputs
+            for index in range(deep // 8):
+                b[2 * t + 8 * index : 2 * t + 8 * index + 2] = own[:, index].T
             word = unit[4 * lane + step] if sparse else unit[128 * (step // 2) + 4 * lane + 2 * (step % 2) + half]
             for index in range(4):
                 one, two = ((word >> 4 * place & 15) - 8 for place in (index, index + 4))
@@ -60,12 +50,12 @@ def operands(x: Tensor, unit: list[int], sparse: bool, step: int) -> list[tuple[
 
 def simulated(x: Tensor, weight: DecodeWeight) -> Tensor:
     """The product as the kernel forms it, in float64."""
-    row_tiles, units, size = weight.units.shape
+    units, row_tiles, size = weight.units.shape
     padded = torch.nn.functional.pad(x.double(), (0, 128 * units - x.shape[1]))
     y = torch.zeros(len(x), row_tiles, 16, dtype=torch.float64)
     for r in range(row_tiles):
         for u in range(units):
-            unit = words(weight.units[r, u])
+            unit = words(weight.units[u, r])
             for step in range(4):
                 at = size - 8 * weight.scales + 8 * (step * weight.scales // 4)
                 pairs = unit[at : at + 8]

@@ -65,7 +65,7 @@ def tuned(out: int, columns: int, batch: int, pool: ThreadPoolExecutor) -> dict[
         arrange(random_packed(out, columns, sparse=True, device="cuda")) for _ in range(max(2, int(-(-ROTATE // size))))
     ]
     x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-    tiles, _, words = weights[0].units.shape
+    _, tiles, words = weights[0].units.shape
     token_tiles, unit, device = -(-batch // TOKEN_TILE), 4 * words, decode._device(x.device)
     now = decode.choose(batch, tiles, unit, device)
     found = list(settings(token_tiles, tiles, unit, device))

@@ -25,8 +25,7 @@ typedef unsigned long long u64;
 #define ROWS (16 * MT * WR)                          // rows of a block
 #define TOKENS (8 * NT)
 #define THREADS (32 * WR * WK)
-#define AHEAD (NT == 1)       // inputs come through registers, else through shared memory
-#define TILE (TOKENS * 128)   // values of a unit's inputs
+#define PITCH 136             // values from one token's inputs to the next one's: eight of them lie in different banks
 
 struct Loaded {
     uint4 codes[SPARSE ? 1 : 2];
@@ -46,13 +45,6 @@ static __device__ __forceinline__ Loaded part_of(const u32* unit, int lane) {
 }
 
 static __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
-// Begin to copy a unit to shared memory; every byte is used once, so none of it stays in the L1 cache.
-static __device__ __forceinline__ void fetch_unit(u32* unit, const u32* from, int lane) {
-#pragma unroll
-    for (int at = 4 * lane; at < UNIT; at += 128)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(unit + at)), "l"(from + at));
-}
 
 static __device__ __forceinline__ float half_to_float(u16 bits) {
     float v;
@@ -92,93 +84,31 @@ static __device__ __forceinline__ void widen(u32 word, u32 (&pairs)[4]) {
 #define MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE ".f32"
 #endif
 
-// sum += A B with A 16x32, 2:4; `half` says which two lanes of four hold its metadata.
+// sum += A B with A 16x32, 2:4, or sum = A B the first time; HALF says which two lanes of four hold its metadata.
 template <int HALF>
-static __device__ __forceinline__ void multiply_sparse(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
-    asm(MMA_SP " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta),
-          "n"(HALF));
+static __device__ __forceinline__ void multiply_sparse(
+    float (&sum)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta, bool first) {
+    asm(MMA_SP " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, %17;"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+          "f"(first ? 0.0f : sum[0]), "f"(first ? 0.0f : sum[1]), "f"(first ? 0.0f : sum[2]),
+          "f"(first ? 0.0f : sum[3]), "r"(meta), "n"(HALF));
 }
 
-// sum += A B with A 16x16.
-static __device__ __forceinline__ void multiply_dense(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// sum += A B with A 16x16, or sum = A B the first time.
+static __device__ __forceinline__ void multiply_dense(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1, bool first) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(first ? 0.0f : sum[0]),
+          "f"(first ? 0.0f : sum[1]), "f"(first ? 0.0f : sum[2]), "f"(first ? 0.0f : sum[3]));
 }
 
-// A lane's share of one unit's inputs, for 8 tokens: of every 32 inputs 8 consecutive ones.
-struct Inputs {
-    uint4 values[4];
-};
-
-static __device__ __forceinline__ Inputs load_inputs(const u16* x, int tokens, int columns, int left, int lane) {
-    Inputs found;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int token = lane >> 2, column = 32 * k + 8 * (lane & 3);
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (token < tokens && column < left)  // volatile: to stay ahead of its use
-            asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x + (long)token * columns + column));
-        found.values[k] = v;
-    }
-    return found;
-}
-
-// 32 inputs of 8 tokens as the tensor cores want them. For 2:4, two neighbouring lanes swap halves: the even one keeps
-// the first two inputs of four groups of four, the odd one the others.
-static __device__ __forceinline__ void operand(u32 (&b)[4], const uint4& v, int lane) {
-#if SPARSE
-    const bool odd = lane & 1;
-    const u32 s0 = __shfl_xor_sync(0xffffffffu, odd ? v.x : v.y, 1);
-    const u32 s1 = __shfl_xor_sync(0xffffffffu, odd ? v.z : v.w, 1);
-    b[0] = odd ? s0 : v.x;
-    b[1] = odd ? s1 : v.z;
-    b[2] = odd ? v.y : s0;
-    b[3] = odd ? v.w : s1;
-#else
-    b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-#endif
-}
-
-// Where 8 inputs of a token are in a tile: those of eight tokens lie in different banks.
-static __device__ __forceinline__ int place(int token, int eighth) { return token * 16 + (eighth ^ (token & 7)); }
-
-// Begin to copy a unit's inputs to shared memory, by the warps that need it; what is not there becomes 0. For 2:4, of
-// every 32 inputs groups i and i + 4 of four lie side by side, as a tensor core takes them together.
-static __device__ __forceinline__ void fetch_inputs(uint4* tile, const u16* x, int tokens, int columns, int left, int thread) {
-#pragma unroll
-    for (int at = thread; at < TILE / 8; at += 32 * WR) {
-        const int token = at / 16, eighth = at % 16;
-        const bool real = token < tokens && 8 * eighth < left;
-        const u16* from = real ? x + (long)token * columns + 8 * eighth : x;
-#if SPARSE
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int group = 2 * (eighth & 3) + half;
-            const u32 to = shared_address(tile + place(token, (eighth & ~3) + (group & 3))) + 8 * (group >> 2);
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from + 4 * half), "r"(real ? 8 : 0));
-        }
-#else
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(tile + place(token, eighth))),
-                     "l"(from), "r"(real ? 16 : 0));
-#endif
-    }
-}
-
-// The same 32 inputs of 8 tokens from a tile; nothing has to be moved between lanes.
-static __device__ __forceinline__ void operand_of_tile(u32 (&b)[4], const uint4* tile, int k, int n, int lane) {
-#if SPARSE
+// 32 inputs of 8 tokens as the tensor cores want them; a lane says where a token's eight inputs are.
+static __device__ __forceinline__ void operand(u32 (&b)[4], const u16* eight) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(shared_address(tile + place(8 * n + (lane & 7), 4 * k + (lane >> 3)))));
-#else
-    const uint4 v = tile[place(8 * n + (lane >> 2), 4 * k + (lane & 3))];
-    b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-#endif
+                 : "r"(shared_address(eight)));
 }
 
 static __device__ __forceinline__ u32 word_of(const uint4& v, int i) {
@@ -201,10 +131,6 @@ static __device__ __forceinline__ void accumulate(float (&sums)[NT][4], const Lo
     for (int s = 0; s < GROUPS; s++) {
         float part[NT][4];
 #pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) part[n][i] = 0.0f;
-#pragma unroll
         for (int q = 0; q < 4 / GROUPS; q++) {
             const int k = s * (4 / GROUPS) + q;  // which 32 inputs of the unit
             u32 a[4];
@@ -213,15 +139,16 @@ static __device__ __forceinline__ void accumulate(float (&sums)[NT][4], const Lo
             const u32 meta = k < 2 ? weights.meta.x : weights.meta.y;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                if (k & 1) multiply_sparse<1>(part[n], a, b[k][n], meta);
-                else multiply_sparse<0>(part[n], a, b[k][n], meta);
+                if (k & 1) multiply_sparse<1>(part[n], a, b[k][n], meta, q == 0);
+                else multiply_sparse<0>(part[n], a, b[k][n], meta, q == 0);
             }
 #else
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 widen(word_of(weights.codes[SPARSE ? 0 : k >> 1], 2 * (k & 1) + h), a);
 #pragma unroll
-                for (int n = 0; n < NT; n++) multiply_dense(part[n], a, b[k][n][2 * h], b[k][n][2 * h + 1]);
+                for (int n = 0; n < NT; n++)
+                    multiply_dense(part[n], a, b[k][n][2 * h], b[k][n][2 * h + 1], q + h == 0);
             }
 #endif
         }
@@ -236,12 +163,15 @@ static __device__ __forceinline__ void accumulate(float (&sums)[NT][4], const Lo
     }
 }
 
-// What a block shares: weights and inputs on their way, then the sums of its warps; see `Setting.shared_bytes`.
+// Units of one turn for all rows of a block, and their inputs.
+struct Stage {
+    u32 weights[MT * WR][UNIT];
+    u16 inputs[TOKENS][PITCH];
+};
+
+// What a block shares: stages on their way, then the sums of its warps; see `Setting.shared_bytes`.
 union Shared {
-    struct {
-        u32 weights[WR * WK][STAGES][MT][UNIT];
-        uint4 inputs[AHEAD ? 1 : WK][AHEAD ? 1 : STAGES][TILE / 8];
-    } coming;
+    Stage stages[WK][STAGES];
     float parts[WK][TOKENS][ROWS];
 };
 extern __shared__ uint4 pool[];
@@ -251,6 +181,12 @@ extern __shared__ uint4 pool[];
 #else
 #define CLUSTER
 #endif
+
+// Begin to copy 16 bytes to shared memory, past the L1 cache; without `real` they become 0.
+static __device__ __forceinline__ void copy(void* to, const void* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(real ? 16 : 0) : "memory");
+}
 
 // Wait for all threads of the cluster; what they wrote to shared memory can be seen then.
 static __device__ __forceinline__ void cluster_barrier() {
@@ -266,15 +202,16 @@ static __device__ __forceinline__ float of_block(const float* at, int block) {
     return value;
 }
 
-// Each cluster has ROWS rows for itself; the warps along the inputs, of all its blocks, take turns at the units. Tiles
-// of rows that the last cluster has too many are the last tile again, and their results are dropped.
+// Each cluster has ROWS rows for itself; the warps along the inputs, of all its blocks, take turns at the units. Rows
+// that the last cluster has too many are zeros, and their results are dropped.
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) decode(
     const u32* __restrict__ weights, const u16* __restrict__ x, u16* __restrict__ y, int rows, int units, int tokens,
     int columns) {
     Shared& shared = *(Shared*)pool;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, wr = warp % WR, wk = warp / WR;
     const int part = blockIdx.x % SPLIT, cluster = blockIdx.x / SPLIT, turns = SPLIT * WK, turn = part * WK + wk;
-    const int first = (cluster * WR + wr) * MT, last = (rows + 15) / 16 - 1;
+    const int tiles = (rows + 15) / 16, first = cluster * WR * MT, here = min(WR * MT, tiles - first);  // tiles of rows
+    const int thread = 32 * wr + lane;  // of those with the same inputs
 
     float sums[MT][NT][4];
 #pragma unroll
@@ -284,58 +221,57 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) decode(
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[m][n][i] = 0.0f;
 
-    // the next units are on their way while one is computed
-    const auto fetch = [&](int stage, int unit) {
-        if (unit < units) {
+    // Units to come are on their way while one is computed.
+    const int token = thread / 16, column = thread % 16 * 8;
+    int coming = turn, place = 0;  // the next unit to fetch, and the stage for it
+    const u32* weights_coming = weights + ((long)turn * tiles + first) * UNIT;
+    const u16* inputs_coming = x + (long)token * columns + 128 * turn + column;
+    const auto fetch = [&] {
+        if (coming < units) {
+            Stage& stage = shared.stages[wk][place];
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                const u32* from = weights + ((long)min(first + m, last) * units + unit) * UNIT;
-                fetch_unit(shared.coming.weights[warp][stage][m], from, lane);
+            for (int at = 4 * thread; at < MT * WR * UNIT; at += 128 * WR)
+                copy(stage.weights[0] + at, weights_coming + at, at < UNIT * here);
+#pragma unroll
+            for (int at = 0; at < TOKENS; at += 2 * WR) {
+                const bool real = at + token < tokens && 128 * coming + column < columns;
+                if (at + token < TOKENS) copy(stage.inputs[at + token] + column, inputs_coming + (long)at * columns, real);
             }
-#if !AHEAD
-            fetch_inputs(shared.coming.inputs[wk][stage], x + 128 * unit, tokens, columns, columns - 128 * unit, 32 * wr + lane);
-#endif
         }
         asm volatile("cp.async.commit_group;");
+        coming += turns, weights_coming += (long)turns * tiles * UNIT, inputs_coming += 128 * turns;
+        if (++place == STAGES) place = 0;
     };
 #pragma unroll
-    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage, turn + stage * turns);
-#if AHEAD
-    const auto read = [&](int unit) { return load_inputs(x + 128 * unit, tokens, columns, columns - 128 * unit, lane); };
-    Inputs given = read(turn);
-#endif
-    int stage = 0;
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch();
+    int at = 0;
     for (int unit = turn; unit < units; unit += turns) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-        if (AHEAD || WR == 1) __syncwarp();
-        else asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");  // of the warps with these inputs
-        fetch(stage == 0 ? STAGES - 1 : stage - 1, unit + (STAGES - 1) * turns);
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        if (WR == 1) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + wk), "n"(32 * WR) : "memory");
+        fetch();
+        const Stage& stage = shared.stages[wk][at];
         u32 b[4][NT][4];
-#if AHEAD
-        const Inputs after = read(unit + turns);
-#pragma unroll
-        for (int k = 0; k < 4; k++) operand(b[k][0], given.values[k], lane);
-        given = after;
-#else
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int n = 0; n < NT; n++) operand_of_tile(b[k][n], shared.coming.inputs[wk][stage], k, n, lane);
-#endif
+            for (int n = 0; n < NT; n++) operand(b[k][n], stage.inputs[8 * n + (lane & 7)] + 32 * k + 8 * (lane >> 3));
 #pragma unroll
-        for (int m = 0; m < MT; m++) accumulate(sums[m], part_of(shared.coming.weights[warp][stage][m], lane), b);
-        stage = stage == STAGES - 1 ? 0 : stage + 1;
+        for (int m = 0; m < MT; m++) accumulate(sums[m], part_of(stage.weights[wr * MT + m], lane), b);
+        if (++at == STAGES) at = 0;
     }
-    asm volatile("cp.async.wait_all;");
-    __syncthreads();  // what was on its way makes room for the sums
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();  // what has come makes room for the sums
 
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                shared.parts[wk][8 * n + 2 * (lane & 3) + (i & 1)][16 * (wr * MT + m) + (lane >> 2) + 8 * (i >> 1)] = sums[m][n][i];
+            for (int i = 0; i < 4; i++) {
+                const int token = 8 * n + 2 * (lane & 3) + (i & 1), row = 16 * (wr * MT + m) + (lane >> 2) + 8 * (i >> 1);
+                if (token < tokens) shared.parts[wk][token][row] = sums[m][n][i];
+            }
     __syncthreads();
     const auto of_warps = [&](int at) {
         float sum = 0.0f;
@@ -366,45 +302,51 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS) decode(
 #endif
 }
 
+// Exchange with the lane whose number differs in one bit: who has the bit gives its first value for the other's second.
+template <class T>
+static __device__ __forceinline__ void swap(T& one, T& two, bool has, int bit) {
+    const T other = __shfl_xor_sync(0xffffffffu, has ? one : two, bit);
+    if (has) one = other;
+    else two = other;
+}
+
 // The weight in full, [rows, columns], from one warp a unit; grid (tiles of 16 rows, units / warps of a block).
 extern "C" __global__ void __launch_bounds__(THREADS) expand(
     const u32* __restrict__ weights, u16* __restrict__ out, int rows, int units, int columns) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int unit = blockIdx.y * (WR * WK) + (threadIdx.x >> 5);
     if (unit >= units) return;
-    const Loaded found = part_of(weights + ((long)blockIdx.x * units + unit) * UNIT, lane);
+    const Loaded found = part_of(weights + ((long)unit * gridDim.x + blockIdx.x) * UNIT, lane);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // rows g and g + 8
             const float scale = half_to_float((u16)(found.scales[k * GROUPS / 4] >> 16 * half));
-            u64 fours[2];  // eight neighbouring inputs of the row
 #if SPARSE
+            u64 fours[2];  // the tensor core's groups t and t + 4 of four inputs
             const u32 word = word_of(found.codes[0], k), mine = k < 2 ? found.meta.x : found.meta.y;
 #pragma unroll
-            for (int j = 0; j < 2; j++) {  // the tensor core's groups t and t + 4
+            for (int j = 0; j < 2; j++) {
                 const u32 meta = __shfl_sync(0xffffffffu, mine, 4 * g + 2 * (k & 1) + j) >> (16 * half + 4 * t);
                 const int nibble = 2 * j + half;
                 const u64 one = narrow(scale * ((int)(word >> 4 * nibble & 15) - 8));
                 const u64 two = narrow(scale * ((int)(word >> (4 * nibble + 16) & 15) - 8));
                 fours[j] = one << 16 * (meta & 3) | two << 16 * (meta >> 2 & 3);
             }
-            // these are groups 4 (t & 1) + (t >> 1) and the next but one: swap one with the lane that has its neighbour
-            const u64 other = __shfl_xor_sync(0xffffffffu, t < 2 ? fours[1] : fours[0], 2);
-            if (t < 2) fours[1] = other;
-            else fours[0] = other;
+            swap(fours[0], fours[1], t & 1, 1);  // now two neighbours
             const int column = 128 * unit + 32 * k + 16 * (t & 1) + 8 * (t >> 1);
 #else
+            u32 twos[4];  // inputs 2 t and 2 t + 1 of every eight
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const u32 word = word_of(found.codes[SPARSE ? 0 : k >> 1], 2 * (k & 1) + h);
-                fours[h] = 0;
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    const int nibble = 2 * (c >> 1) + half + 4 * (c & 1);
-                    fours[h] |= (u64)narrow(scale * ((int)(word >> 4 * nibble & 15) - 8)) << 16 * c;
-                }
+            for (int i = 0; i < 4; i++) {
+                const u32 word = word_of(found.codes[SPARSE ? 0 : k >> 1], 2 * (k & 1) + i / 2);
+                const int nibble = 2 * (i & 1) + half;
+                const u32 one = narrow(scale * ((int)(word >> 4 * nibble & 15) - 8));
+                twos[i] = one | (u32)narrow(scale * ((int)(word >> (4 * nibble + 16) & 15) - 8)) << 16;
             }
+            swap(twos[0], twos[1], t & 1, 1), swap(twos[2], twos[3], t & 1, 1);
+            swap(twos[0], twos[2], t & 2, 2), swap(twos[1], twos[3], t & 2, 2);
+            const u64 fours[2] = {twos[0] | (u64)twos[1] << 32, twos[2] | (u64)twos[3] << 32};
             const int column = 128 * unit + 32 * k + 8 * t;
 #endif
             const int row = 16 * blockIdx.x + g + 8 * half;

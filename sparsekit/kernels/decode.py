@@ -23,6 +23,7 @@ __all__ = ["MAX_TOKENS", "arrange", "expand", "multiply", "why_not"]  # what `in
 AT_ONCE = 32  # tokens of a launch
 MAX_TOKENS = 96  # three launches take less time than to dequantize a weight once, then cuBLAS (H100, 7B and 70B)
 TOKEN_TILE = 8
+PADDING = 8  # values after one token's inputs in shared memory
 PLAIN_SHARED = 48 * 1024  # bytes of shared memory that need no request
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -58,14 +59,14 @@ class Setting(NamedTuple):
         return 32 * self.row_warps * self.input_warps
 
     def shared_bytes(self, token_tiles: int, unit: int) -> int:
-        """Shared memory of a block: units on their way, with more than 8 tokens inputs too; then sums in their place.
+        """Shared memory of a block: units and inputs on their way, then sums in their place.
 
         Args:
             token_tiles: Tiles of 8 tokens.
             unit: Bytes of a unit.
         """
         tokens = TOKEN_TILE * token_tiles
-        coming = self.row_warps * self.row_tiles * unit + (2 * INPUTS * tokens if token_tiles > 1 else 0)
+        coming = self.row_warps * self.row_tiles * unit + 2 * (INPUTS + PADDING) * tokens
         return self.input_warps * max(self.stages * coming, 4 * tokens * self.rows)
 
 
@@ -84,36 +85,40 @@ class Device(NamedTuple):
 
 
 # For so many tokens at most, and so many tiles of rows for each multiprocessor at most, what was best on an H200 for
-# the linears of Llama 7B and 70B (decode_h200.json): one block for each multiprocessor, with all of its rows, as long
-# as their sums fit its registers. With 16 tokens inputs are half as many bytes as weights or more, and a cluster of two
-# reads them once for twice the rows.
+# linears of Llama 7B and 70B and two smaller ones (decode_tune.py): about one block for each multiprocessor with all of
+# its rows, 8 to 16 warps, and two or three units of each on their way. With more than 8 tokens a cluster of two reads
+# the inputs once for twice the rows.
 MANY = 1 << 30
 CUTS = {
     8: {
-        1: Setting(1, 1, 16, 1, 2),
-        2: Setting(2, 1, 16, 1, 2),
-        3: Setting(3, 1, 16, 1, 2),
-        4: Setting(4, 1, 16, 1, 2),
-        5: Setting(5, 1, 12, 1, 2),
-        6: Setting(3, 2, 6, 1, 2),
-        16: Setting(3, 1, 4, 2, 2),
-        MANY: Setting(4, 1, 2, 3, 3),
+        1: Setting(1, 1, 16, 1, 3),
+        2: Setting(2, 1, 12, 1, 3),
+        3: Setting(3, 1, 8, 1, 3),
+        4: Setting(2, 2, 8, 1, 3),
+        5: Setting(3, 2, 6, 1, 3),
+        6: Setting(2, 3, 4, 1, 3),
+        16: Setting(3, 4, 3, 1, 4),
+        MANY: Setting(4, 4, 1, 2, 4),
     },
     16: {
+        1: Setting(2, 1, 4, 1, 4, split=2),
         2: Setting(2, 2, 4, 1, 4, split=2),
+        3: Setting(1, 6, 2, 1, 3, split=2),
         4: Setting(2, 4, 4, 1, 4, split=2),
-        5: Setting(2, 5, 3, 1, 2, split=2),
-        6: Setting(3, 2, 6, 1, 2),
+        5: Setting(3, 4, 3, 1, 3, split=2),
+        6: Setting(3, 4, 4, 1, 4, split=2),
         16: Setting(3, 4, 3, 1, 2),
-        MANY: Setting(2, 4, 1, 2, 4, split=2),
+        MANY: Setting(4, 4, 2, 2, 2),
     },
     32: {
-        1: Setting(1, 1, 2, 1, 3),
-        2: Setting(1, 2, 2, 1, 3),
-        3: Setting(1, 3, 2, 1, 3),
-        4: Setting(1, 4, 2, 1, 3),
-        8: Setting(1, 2, 2, 1, 3),
-        MANY: Setting(2, 2, 2, 1, 3),
+        1: Setting(1, 2, 4, 1, 4, split=2),
+        2: Setting(2, 2, 4, 1, 4, split=2),
+        3: Setting(3, 2, 4, 1, 3, split=2),
+        4: Setting(4, 2, 3, 1, 2, split=2),
+        5: Setting(3, 4, 1, 2, 3, split=4),
+        6: Setting(3, 2, 4, 1, 3),
+        16: Setting(3, 4, 2, 1, 2),
+        MANY: Setting(2, 7, 1, 2, 4, split=2),
     },
 }
 
@@ -150,7 +155,7 @@ def multiply(x: Tensor, weight: DecodeWeight, setting: Setting | None = None) ->
         starts = range(0, len(x), AT_ONCE)
         return torch.cat([multiply(x[start : start + AT_ONCE], weight, setting) for start in starts])
     tokens, (out, columns) = x.shape[0], weight.shape
-    row_tiles, units, words = weight.units.shape
+    units, row_tiles, words = weight.units.shape
     cut = setting or choose(tokens, row_tiles, 4 * words, _device(x.device))
     x, y = x.contiguous(), x.new_empty(tokens, out)
     token_tiles = -(-tokens // TOKEN_TILE)
@@ -169,7 +174,7 @@ def expand(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
         dtype: float16 or bfloat16.
     """
     out, columns = weight.shape
-    row_tiles, units = weight.units.shape[:2]
+    units, row_tiles = weight.units.shape[:2]
     full = torch.empty(out, columns, dtype=dtype, device=weight.units.device)
     cut = Setting(1, 1, 8, 1, 2)
     kernel = _kernel("expand", dtype, weight.sparse, weight.scales, 1, cut, full.device, 0)

@@ -2,7 +2,7 @@
 
 One unit is 16 rows x 128 inputs: the codes as 32 lanes hold them, the metadata of `mma.sp.m16n8k32`, the scales.
 The layouts are those of the PTX ISA, sections "Matrix Fragments for mma.m16n8k16" and "Matrix Fragments for sparse
-mma.m16n8k32". Inputs are renumbered inside 32 of them, so that a lane reads eight consecutive ones.
+mma.m16n8k32". Units of the same inputs lie side by side, so that all rows of a block are one piece of memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DecodeWeight:
     """A weight in the kernel's order.
 
     Attributes:
-        units: int32 [row tiles, units of 128 inputs, words].
+        units: int32 [units of 128 inputs, row tiles, words].
         shape: (out, in) without padding.
         sparse: 2:4, else dense.
         scales: Scales of a row in 128 inputs: 1, 2 or 4.
@@ -46,7 +46,7 @@ def arrange(packed: PackedWeight) -> DecodeWeight:
         positions = _pad(_nibbles(packed.positions), rows, inputs // 4, 0b0100)
         parts = [_sparse_codes(values), _metadata(positions)]
     parts.append(_scale_words(packed, rows, inputs, scales))
-    units = torch.cat(parts, 2).contiguous()
+    units = torch.cat(parts, 2).transpose(0, 1).contiguous()
     return DecodeWeight(units, (out, columns), packed.positions is not None, scales)
 
 
@@ -81,37 +81,33 @@ def _tiles(fields: Tensor, row: int) -> Tensor:
 def _sparse_codes(values: Tensor) -> Tensor:
     """Words [row tiles, units, 128] of codes [rows, in / 2]: for a lane the four words of its four times 32 inputs.
 
-    Nibble i and i + 4 of a word are the two codes of a group of four: row g and row g + 8 of the lane's first group,
-    then of its second.
+    Nibble i and i + 4 of a word are the two codes of a group of four: row g and row g + 8 of group t, then of group
+    t + 4.
     """
     tiles = _tiles(values, INPUTS // 2)  # [R, U, half, g, 64]
     grouped = tiles.reshape(*tiles.shape[:4], 4, 8, 2)  # 32 inputs k, group, which of its two codes
-    lane = torch.arange(4, device=values.device)
-    first = 4 * (lane & 1) + (lane >> 1)
-    picked = torch.stack((grouped[..., first, :], grouped[..., first + 2, :]), -1)  # [R, U, half, g, k, t, code, pair]
-    ordered = picked.permute(0, 1, 3, 5, 4, 6, 7, 2)  # [R, U, g, t, k, code, pair, half]
+    picked = grouped.unflatten(5, (2, 4))  # [R, U, half, g, k, pair, t, code]
+    ordered = picked.permute(0, 1, 3, 6, 4, 7, 5, 2)  # [R, U, g, t, k, code, pair, half]
     return _words(ordered.flatten(5), 4).flatten(2)
 
 
 def _metadata(positions: Tensor) -> Tensor:
     """Words [row tiles, units, 64] of positions [rows, in / 4], 4 bits a group: for a lane one word for 64 inputs.
 
-    Of every four lanes two serve the first 32 inputs and two the second. The first of the two has the tensor core's
-    groups 0 to 3 and the other 4 to 7, of row g in the low half and of row g + 8 in the high half.
+    Of every four lanes two serve the first 32 inputs and two the second. The first of the two has groups 0 to 3 of them
+    and the other 4 to 7, of row g in the low half and of row g + 8 in the high half.
     """
     tiles = _tiles(positions, INPUTS // 4)  # [R, U, half, g, 32]
-    grouped = tiles.reshape(*tiles.shape[:4], 2, 2, 8)  # 64 inputs, 32 inputs f, group
-    logical = torch.arange(8, device=positions.device).reshape(2, 4)
-    found = grouped[..., 4 * (logical & 1) + (logical >> 1)]  # [R, U, half, g, w, f, h, j]
-    ordered = found.permute(0, 1, 3, 5, 6, 4, 2, 7)  # [R, U, g, f, h, w, half, j]
+    grouped = tiles.reshape(*tiles.shape[:4], 2, 2, 2, 4)  # [R, U, half, g, 64 inputs w, 32 inputs f, h, group j]
+    ordered = grouped.permute(0, 1, 3, 5, 6, 4, 2, 7)  # [R, U, g, f, h, w, half, j]
     return _words(ordered.flatten(6), 4).flatten(2)
 
 
 def _dense_codes(codes: Tensor) -> Tensor:
     """Words [row tiles, units, 256] of codes [rows, in]: two planes of four words a lane."""
     tiles = _tiles(codes, INPUTS)  # [R, U, half, g, 128]
-    split = tiles.reshape(*tiles.shape[:4], 2, 2, 4, 2, 2, 2)  # plane, k, t, h, pair of columns, column
-    ordered = split.permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2)  # [R, U, plane, g, t, k, h, column, pair, half]
+    split = tiles.reshape(*tiles.shape[:4], 2, 2, 2, 2, 4, 2)  # plane, k, h, pair of columns, t, column
+    ordered = split.permute(0, 1, 4, 3, 8, 5, 6, 9, 7, 2)  # [R, U, plane, g, t, k, h, column, pair, half]
     return _words(ordered.flatten(7), 4).flatten(2)
 
 
