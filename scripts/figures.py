@@ -129,13 +129,13 @@ def ast_quantized() -> str:
     found = measured("ast_quantized")
     titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for arm in sorted(_first_seeds(found), key=lambda arm: -arm["bits_per_weight"]):
-        seeds = [other["perplexity"] for other in found["arms"] if _arm(other) == _arm(arm)]
+    for arm in sorted(_first_runs(found), key=lambda arm: -arm["bits_per_weight"]):
+        runs = [other["perplexity"] for other in found["arms"] if _arm(other) == _arm(arm)]
         late = arm.get("quantize_from", 0.0)
-        grid = _grid(arm["bits"], arm["levels"]) + (f", from {late:.0%} of the steps" if late else "")
+        grid = _grid(arm) + (f", from {late:.0%} of the steps" if late else "")
         grid += f", lr {arm['lr']:g}" if "lr" in arm else ""  # another than the default
-        mean, bits = statistics.fmean(seeds), arm["bits_per_weight"]
-        valid = f"{mean:.2f}" + (f" ({min(seeds):.2f} to {max(seeds):.2f}, {len(seeds)} seeds)" if seeds[1:] else "")
+        mean, bits = statistics.fmean(runs), arm["bits_per_weight"]
+        valid = f"{mean:.2f}" + (f" ({min(runs):.2f} to {max(runs):.2f}, {len(runs)} runs)" if runs[1:] else "")
         lines.append(
             f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {valid} | {mean - found['dense']:+.2f} "
             f"| {bits:.2f} | {32 / bits:.1f} × |"
@@ -143,18 +143,17 @@ def ast_quantized() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _first_seeds(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [arm for arm in found["arms"] if arm["seed"] == 0]
+def _first_runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [arm for arm in found["arms"] if arm["seed"] == 0 and not arm.get("again")]
 
 
 def _arm(row: Mapping[str, Any]) -> tuple[str, float]:
     return row["arm"], row["tokens"]
 
 
-def _grid(bits: int, levels: str) -> str:
-    if levels in FEW:
-        return FEW[levels]
-    return f"{'odd ' if levels == 'odd' else ''}{bits} bits"
+def _grid(arm: Mapping[str, Any]) -> str:
+    levels = FEW.get(arm["levels"], f"{'odd ' if arm['levels'] == 'odd' else ''}{arm['bits']} bits")
+    return f"{levels}, a step a row" if arm.get("group_size") == -1 else levels
 
 
 def front() -> str:
@@ -192,13 +191,13 @@ def _front() -> list[tuple[str, str, float, float]]:
         points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
     points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for arm in _first_seeds(trained):
+    for arm in _first_runs(trained):
         if arm["perplexity"] < LOST:
-            key = (arm["pattern"], arm["bits"], arm["levels"], round(arm["tokens"] / 1e6))
+            key = (arm["pattern"], _grid(arm), round(arm["tokens"] / 1e6))
             best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
-    for (pattern, bits, levels, tokens), arm in best.items():
+    for (pattern, grid, tokens), arm in best.items():
         kind = KINDS[1] if pattern == "2:4" else KINDS[0]
-        title = f"trained {_grid(bits, levels)}, {tokens} M"
+        title = f"trained {grid}, {tokens} M"
         points.append((title, kind, 32 / arm["bits_per_weight"], arm["perplexity"]))
         if coded := arm.get("coded_bits_per_weight"):
             points.append((f"{title}, coded", kind, 32 / coded, arm["perplexity"]))

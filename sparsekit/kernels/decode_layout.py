@@ -85,9 +85,8 @@ def _sparse_codes(values: Tensor) -> Tensor:
     t + 4.
     """
     tiles = _tiles(values, INPUTS // 2)  # [R, U, half, g, 64]
-    grouped = tiles.reshape(*tiles.shape[:4], 4, 8, 2)  # 32 inputs k, group, which of its two codes
-    picked = grouped.unflatten(5, (2, 4))  # [R, U, half, g, k, pair, t, code]
-    ordered = picked.permute(0, 1, 3, 6, 4, 7, 5, 2)  # [R, U, g, t, k, code, pair, half]
+    grouped = tiles.reshape(*tiles.shape[:4], 4, 2, 4, 2)  # 32 inputs k, pair, t, which of a group's two codes
+    ordered = grouped.permute(0, 1, 3, 6, 4, 7, 5, 2)  # [R, U, g, t, k, code, pair, half]
     return _words(ordered.flatten(5), 4).flatten(2)
 
 
