@@ -153,7 +153,7 @@ def _arm(row: Mapping[str, Any]) -> tuple[str, float]:
 
 def _grid(arm: Mapping[str, Any]) -> str:
     levels = FEW.get(arm["levels"], f"{'odd ' if arm['levels'] == 'odd' else ''}{arm['bits']} bits")
-    return f"{levels}, a step a row" if arm.get("group_size") == -1 else levels
+    return f"{levels} (a step a row)" if arm.get("group_size") == -1 else levels
 
 
 def front() -> str:
