@@ -18,7 +18,7 @@ from sparsekit.checkpoint import StepStore
 from sparsekit.data import entry_digest, token_windows
 from sparsekit.errors import CheckpointError, GateError
 from sparsekit.evaluation.basis import basis
-from sparsekit.evaluation.scoring import Scoring, Twin
+from sparsekit.evaluation.scoring import Scoring, Twin, check_tasks
 from sparsekit.files import RunLock, check_writable, remove_temporaries, write_text
 from sparsekit.interchange.exports import export_all
 from sparsekit.interchange.hfdir import check_place
@@ -87,8 +87,7 @@ class Run:
 
     def _check(self) -> None:
         """Find what would fail at the end of a run before its start: tasks, teachers and places."""
-        with self.recipe.placing("evaluate", "lm_eval"):
-            self.scoring.check_tasks()
+        check_tasks(self.recipe)
         self._check_teachers()
         check_writable(self.directory.absolute())
         if self.directory.resolve() == self.view.path:

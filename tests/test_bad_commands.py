@@ -78,7 +78,7 @@ COMMANDS = [
     ("inspect a long name", ("inspect", LONG), nothing, "File name too long"),
     ("inspect nobody's model", ("inspect", "~nobody/model"), nothing, "is no directory"),
     ("inspect a run", ("inspect", "BASE/run"), put("run/export/gptq/config.json", "{}"), "run/export/gptq"),
-    ("inspect a file", ("inspect", "BASE/text.txt"), nothing, "is no directory"),
+    ("inspect a file", ("inspect", "BASE/text.txt"), nothing, "name the one that holds its config.json"),
     ("inspect a run", ("inspect", "BASE"), nothing, "holds no config.json"),
     ("inspect by no pattern", ("inspect", "BASE/model", "--pattern", "9:4"), nothing, "--pattern: pattern 9:4 must"),
     ("inspect a pipe", ("inspect", "BASE/model"), pipe("model/more.json"), "more.json is no file"),

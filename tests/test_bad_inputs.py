@@ -212,7 +212,7 @@ MODELS: list[tuple[str, Spoil, str]] = [
     ("path of 300 letters", written("/model,", f"/{'m' * 300},"), "File name too long"),
     ("path of nobody", written("BASE/model,".replace("BASE", ""), "/~nobody/model,"), "is no directory"),
     ("path to nowhere", written("/model,", "/modle,"), "Did you mean 'model'?"),
-    ("path is a file", written("/model,", "/text.txt,"), "is no directory"),
+    ("path is a file", written("/model,", "/text.txt,"), "name the one that holds its config.json"),
     ("hub name without network", written("BASE/model,".replace("BASE", ""), "/../meta/llama,"), "is no directory"),
 ]  # fmt: skip
 CALIBRATION = "/text.txt, samples: 2, seq_len: 16}\n  eval"
@@ -381,6 +381,17 @@ def test_verbose_shows_the_traceback(base):
     (base / "model" / "config.json").unlink()
     result = CliRunner().invoke(main, ["-v", "run", str(base / "bad.yaml")])
     assert type(result.exception).__name__ == "ModelError"
+
+
+@pytest.mark.parametrize(("spoil", "words"), [case[1:] for case in TASKS[:3]], ids=[case[0] for case in TASKS[:3]])
+def test_a_plan_reads_the_tasks_too(base, spoil, words):
+    """What a run would refuse before its work is refused by its plan."""
+    spoil(base)
+    for command in (["plan"], ["run", "--dry-run"]):
+        told = CliRunner().invoke(main, [*command, str(base / "bad.yaml")])
+        assert told.exit_code == 2, told.output
+        assert told.output.startswith(f"error: {base / 'bad.yaml'}:"), told.output
+        assert words in told.output
 
 
 def test_code_beside_a_known_model_is_not_run(base):

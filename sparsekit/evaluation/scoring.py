@@ -145,24 +145,6 @@ class Scoring:
             write_json(path, sealed({"of": fingerprint, "asked": asked, "numbers": numbers}))
         return {name: numbers[name] for name in asked}
 
-    def check_tasks(self) -> None:
-        """Read the tasks and their data, as scoring will.
-
-        Raises:
-            DataError: A task is unknown, or a file of it is missing or damaged.
-        """
-        wanted = self.recipe.evaluate.lm_eval
-        if not wanted.tasks:
-            return
-        directory = Path(self.recipe.resolve(wanted.tasks_dir)) if wanted.tasks_dir else None
-        known = task_files(directory)
-        ours, others = chosen(list(wanted.tasks), known)
-        for name in dict.fromkeys(name for names in ours.values() for name in names):
-            known[name].with_data(directory)
-        if others and not self.recipe.allow_network:
-            hint = nearest(others[0], [*known, *ours])
-            raise DataError(f"no task {others[0]!r}.{hint} Tasks of lm-eval itself need allow_network: true.")
-
     def tasks(self, chain: Chain, directory: Path, fingerprint: str, title: str) -> dict[str, Any]:
         """Zero-shot scores of a model; `directory` keeps them in `tasks.json`."""
         wanted = self.recipe.evaluate.lm_eval
@@ -222,3 +204,23 @@ def _task_digest(config: Mapping[str, Any], path: Path, directory: Path | None) 
     data = [directory / file for file in named] if directory else []
     parts = [sha256_file(file) for file in [path, *data] if file.is_file()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Read a recipe's tasks and their data, as scoring will.
+
+    Raises:
+        DataError: A task is unknown, or a file of it is missing or damaged.
+    """
+    wanted = recipe.evaluate.lm_eval
+    if not wanted.tasks:
+        return
+    with recipe.placing("evaluate", "lm_eval"):
+        directory = Path(recipe.resolve(wanted.tasks_dir)) if wanted.tasks_dir else None
+        known = task_files(directory)
+        ours, others = chosen(list(wanted.tasks), known)
+        for name in dict.fromkeys(name for names in ours.values() for name in names):
+            known[name].with_data(directory)
+        if others and not recipe.allow_network:
+            hint = nearest(others[0], [*known, *ours])
+            raise DataError(f"no task {others[0]!r}.{hint} Tasks of lm-eval itself need allow_network: true.")

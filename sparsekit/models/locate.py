@@ -50,8 +50,10 @@ def locate(path: str, *, allow_network: bool = False) -> Path:
         return Path(os.path.realpath(directory))
     if allow_network and not directory.is_absolute():
         return _download(path)
+    if directory.exists():
+        raise ModelError(f"model {path} is no directory; name the one that holds its config.json and .safetensors")
     hint = nearest(directory.name, _models(directory.parent))
-    raise ModelError(f"model {path} is no directory.{hint} A hub id needs allow_network: true in the recipe")
+    raise ModelError(f"model {path} is no directory.{hint} A hub id is fetched for a recipe with allow_network: true")
 
 
 def _check_files(directory: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from sparsekit.blockwise.activations import WAITING_SHARE, free_memory, waiting_bytes
 from sparsekit.blockwise.activations import on_device as kept_on_device
 from sparsekit.blockwise.holding import HOLDINGS
-from sparsekit.evaluation.scoring import EVALUATION_TOKENS
+from sparsekit.evaluation.scoring import EVALUATION_TOKENS, check_tasks
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.opening import open_tokenizer, open_view
@@ -68,8 +68,9 @@ class Estimator:
         Raises:
             RecipeError: The recipe does not fit the model.
             CoverageError: Too much of the model is out of reach.
-            DataError: A text is missing.
+            DataError: A text or a task is missing.
         """
+        check_tasks(recipe)
         process, started = resident_now(), time.perf_counter()
         view = open_view(recipe, empty=True)
         opening = time.perf_counter() - started
