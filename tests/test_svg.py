@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sparsekit.reporting.marks import WIDE
 from sparsekit.reporting.scales import Scale, linear_ticks, log_ticks, tick_labels
 from sparsekit.reporting.svg import Axes, HeatCell, Point, Series, heat_map, line_chart, pareto, scatter_chart
 
@@ -112,6 +113,18 @@ def test_no_label_lies_on_another_where_many_points_have_one_place():
     apart = [abs(one[1] - two[1]) for one, two in combinations(places, 2) if one[0] == two[0]]
     assert min(apart) >= 11
     assert all(0 < y < 350 for _, y in places)
+
+
+def test_a_label_too_wide_for_the_drawing_loses_its_middle():
+    names = [f"a-name-that-is-longer-than-any-drawing-is-wide-{'and-then-some-' * 5}{kind}" for kind in ("one", "two")]
+    held = [Point(8, 28 + index, label=name) for index, name in enumerate(names)]
+    axes = Axes("t", "x", "y", width=480, height=350)
+    root = parse(scatter_chart([Series("a", [Point(1, 50, label="dense"), *held])], axes))
+    named = [each for each in root.iter(f"{SVG}text") if (each.text or "").startswith("a-name")]
+    assert sorted((each.text or "")[-3:] for each in named) == ["one", "two"]
+    for each in named:
+        start, room = float(each.attrib["x"]), WIDE * len(each.text or "")
+        assert start - room >= 0 if each.attrib["text-anchor"] == "end" else start + room <= 480
 
 
 @pytest.mark.parametrize("columns", [1, 12, 28, 48, 126])

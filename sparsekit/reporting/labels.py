@@ -15,7 +15,7 @@ def labels(points: Iterable[tuple[float, float, str]], left: float, right: float
     """The label of each point, at the nearest place beside it where no other label or point is.
 
     From the top down: of two near points the upper one is labelled above, the lower one below. A label that found no
-    room beside its point has a line to it.
+    room beside its point has a line to it; one too wide for either side loses its middle.
 
     Args:
         points: x and y in pixels, and the label; no label for none.
@@ -28,6 +28,7 @@ def labels(points: Iterable[tuple[float, float, str]], left: float, right: float
     for x, y, label in points:
         if not label:
             continue
+        label = shortened(label, int((max(x - left, right - x) - 8) / WIDE))
         room = WIDE * len(label)
         inside = [
             (start, base)
@@ -45,6 +46,14 @@ def labels(points: Iterable[tuple[float, float, str]], left: float, right: float
         if not y - 5 <= base <= y + 13:
             yield line(x, y, edge, base - 4, f"stroke:{QUIET};stroke-width:0.6")
         yield text(edge, base, label, anchor, INK)
+
+
+def shortened(label: str, most: int) -> str:
+    """A label in at most so many characters, four at least; its ends stay, where names of arms differ."""
+    if len(label) <= most:
+        return label
+    kept = max(most, 4) - 1
+    return f"{label[: kept - kept // 2]}…{label[-(kept // 2) :]}"
 
 
 def _places(x: float, y: float, room: float) -> Iterator[tuple[float, float]]:
