@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from sparsekit.deployed import add_card
-from sparsekit.errors import GateError, RecipeError
+from sparsekit.errors import GateError, RecipeError, SparsekitError
 from sparsekit.evaluation.basis import Based, basis, notes, refuse_different
 from sparsekit.files import RunLock, read_json, remove_temporaries
 from sparsekit.listener import Listener
@@ -70,6 +70,7 @@ class Comparison:
 
         Raises:
             GateError: An arm missed its gate; the comparison is written all the same.
+            SparsekitError: An arm failed; those before it are compared, and a note names it.
         """
         reports: dict[str, Any] = {}
         missed: list[str] = []
@@ -82,13 +83,22 @@ class Comparison:
                 except GateError as error:
                     missed.append(f"{name}: {error}")
                     reports[name] = read_json(run.directory / "report.json")
+                except SparsekitError as error:
+                    if reports:
+                        missing = ", ".join([*self.runs][index:])
+                        self._written(reports, [f"{name} failed ({error}); not in this comparison: {missing}"])
+                    raise
                 if self.deploy:
                     reports[name] = add_card(run.directory, self.listener, view=run.view)
-            comparison = comparison_of(self.arms.name, reports, self.arms.notes)
-            files = write_comparison(comparison, self.directory)
-        self.listener.compared(comparison, files)
+            comparison = self._written(reports, [])
         if missed:
             raise GateError("; ".join(missed))
+        return comparison
+
+    def _written(self, reports: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+        """The comparison of these arms, written and told."""
+        comparison = comparison_of(self.arms.name, reports, [*notes, *self.arms.notes])
+        self.listener.compared(comparison, write_comparison(comparison, self.directory))
         return comparison
 
 
@@ -125,7 +135,7 @@ def compare_sources(
 
 
 def _name_of(directories: Sequence[Path]) -> str:
-    names = "-".join(path.name for path in directories)
+    names = "-".join(path.resolve().name for path in directories)
     return f"compare-{names}" if len(names) < 40 else f"compare-{len(directories)}-runs"
 
 
@@ -133,12 +143,14 @@ def compare_runs(directories: Sequence[Path], directory: Path, listener: ArmList
     """Compare runs that are finished, by their report.json.
 
     Raises:
-        RecipeError: They differ in what must be the same, or a report does not say.
+        RecipeError: They differ in what must be the same, a report does not say, or one run is given twice.
         CheckpointError: A directory holds no report.
     """
     reports: dict[str, Any] = {}
     arms: list[Based] = []
-    for path in directories:
+    for index, path in enumerate(directories):
+        if any(path.samefile(other) for other in directories[:index]):
+            raise RecipeError("the run is given twice", where=str(path))
         report = read_json(path / "report.json")
         if "basis" not in report:
             message = "the report does not say what it was measured on; run the recipe again with this version"

@@ -17,8 +17,9 @@ from sparsekit.cli import main
 from sparsekit.errors import RecipeError
 from sparsekit.recipe.variants import read_arms
 from sparsekit.reporting.comparison import comparison_of
-from sparsekit.reporting.comparison_page import html, markdown, rows
-from sparsekit.terminal.compare import ComparisonTerminal
+from sparsekit.reporting.comparison_page import html, lead, markdown, rows
+from sparsekit.reporting.comparison_tables import interval, quality_table
+from sparsekit.terminal.compare import ComparisonTerminal, cost, quality
 
 BASE = """\
 name: {name}
@@ -42,6 +43,14 @@ variants:
   quantize:
     none:
     gptq: {method: gptq, bits: 4, group_size: 16}
+"""
+BOOM = """\
+import sparsekit as sk
+
+@sk.linear_method("boom", kind="prune")
+def boom(layer: sk.LinearState, /, *, pattern: sk.Pattern = sk.Pattern(2, 4)) -> sk.LinearState:
+    \"\"\"Fails.\"\"\"
+    raise ValueError("boom")
 """
 WANDA = 'steps: [{method: wanda, pattern: "2:4"}]'
 MAGNITUDE = 'steps: [{method: magnitude, pattern: "2:4"}]'
@@ -152,11 +161,14 @@ def test_repeating_a_comparison_computes_nothing(compared, random_model):
     assert stamps == {path: path.stat().st_mtime_ns for path in (compared / "steps").rglob("*")}
 
 
-def test_finished_runs_are_compared_by_their_reports(compared, tmp_path):
+def test_finished_runs_are_compared_by_their_reports(compared, tmp_path, monkeypatch):
     arms = compared / "arms"
     compare(arms / "wanda", arms / "ast-gptq", "--out", tmp_path)
     data = json.loads((tmp_path / "comparison.json").read_text())
     assert [arm["name"] for arm in data["arms"]] == ["wanda", "ast-gptq"]
+    monkeypatch.chdir(arms / "wanda")
+    compare(".", "../ast")
+    assert Path("runs/compare-wanda-ast/comparison.html").is_file()
     other = json.loads((arms / "wanda" / "report.json").read_text())
     other["basis"]["seed"] = 7
     other["basis"]["perplexity"]["heldout"] = "another"
@@ -165,6 +177,8 @@ def test_finished_runs_are_compared_by_their_reports(compared, tmp_path):
     output = compare(arms / "ast", tmp_path / "other", "--out", tmp_path, code=2)
     assert "cannot be compared: the seed of wanda" in output
     assert "the evaluation texts of wanda" in output
+    output = compare(arms / "ast", arms / "wanda", arms / "ast", "--out", tmp_path, code=2)
+    assert f"{arms / 'ast'}: the run is given twice" in output
 
 
 def test_two_recipes_of_random_models_take_seconds(tmp_path, random_model):
@@ -209,11 +223,18 @@ def test_mistakes_of_a_comparison_file_have_their_lines(tmp_path, random_model):
     line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "bitz" in text)
     with pytest.raises(RecipeError, match=f"bad.yaml:{line}: unknown key 'bitz'"):
         read_arms([path])
+    path = write(tmp_path / "slash.yaml", random_model, VARIANTS.replace("gptq: {", "int4/g16: {"))
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "int4/g16" in text)
+    with pytest.raises(RecipeError, match=f"slash.yaml:{line}: choice 'int4/g16' must be letters"):
+        read_arms([path])
     path = write(tmp_path / "none.yaml", random_model, "variants: {prune: {none: }}")
     shown = CliRunner().invoke(main, ["plan", str(path)])
     assert shown.exit_code == 2
     assert "give it to sparsekit compare" in " ".join(shown.output.split())
     with pytest.raises(RecipeError, match="chooses nothing"):
+        read_arms([path])
+    path = write(tmp_path / "steps.yaml", random_model, "steps: {method: rtn}\n" + VARIANTS)
+    with pytest.raises(RecipeError, match=r"steps.yaml:\d+: steps is a mapping, expected a list"):
         read_arms([path])
     with pytest.raises(RecipeError, match="one recipe is nothing to compare"):
         read_arms([write(tmp_path / "plain.yaml", random_model, WANDA)])
@@ -235,6 +256,51 @@ def test_unmeasured_and_infinite_numbers_are_shown_as_such(compared):
     assert table[1]["bytes"] == ""
     assert "not measured" in page
     assert markdown(data)
+
+
+def test_an_arm_without_steps_is_the_dense_model(tmp_path, random_model):
+    plain = write(tmp_path / "plain.yaml", random_model, "steps: []")
+    other = write(tmp_path / "other.yaml", random_model, MAGNITUDE)
+    output = compare(plain, other, "--out", tmp_path / "out")
+    table = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [row["peak_memory"] == "" for row in table] == [True, True, False]
+    assert "no smaller than dense" in " ".join(output.split())
+
+
+def test_an_end_of_an_interval_has_its_unit_where_it_is_not_that_of_the_middle():
+    found = {"certain": True, "windows": 4}
+    assert interval({**found, "value": 4.594, "low": 1.002, "high": 15.0}).text == "+459.4\u00a0% [+100.2, ×\u00a016]"
+    assert interval({**found, "value": 12.0, "low": 8.5, "high": 15.0}).text == "×\u00a013 [+850.0\u00a0%, 16]"
+
+
+def test_an_arm_that_fails_leaves_a_comparison_of_those_before_it(tmp_path, random_model):
+    one = write(tmp_path / "one.yaml", random_model, MAGNITUDE)
+    plugin = tmp_path / "boom.py"
+    plugin.write_text(BOOM)
+    two = write(tmp_path / "two.yaml", random_model, 'steps: [{method: boom, pattern: "2:4"}]')
+    output = compare(one, two, "--plugin", plugin, "--out", tmp_path / "out", code=2)
+    assert "error: model.layers.0.self_attn.q_proj: method boom failed" in output
+    data = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [arm["name"] for arm in data["arms"]] == ["one"]
+    assert "not in this comparison: two" in data["notes"][0]
+
+
+def test_long_names_of_arms_leave_the_numbers_on_the_screen(compared):
+    data = json.loads((compared / "comparison.json").read_text())
+    long = {**data, "arms": [{**arm, "name": arm["name"] * 20} for arm in data["arms"]]}
+    console = Console(width=80, record=True)
+    for table in (quality(long, "heldout"), cost(long)):
+        console.print(table)
+    shown, whole = console.export_text(), quality_table(data, "heldout").rows
+    assert all(row[2].text in shown for row in whole)
+    assert "…" not in shown
+
+
+def test_the_lead_promises_no_smaller_file_than_there_is(compared):
+    data = json.loads((compared / "comparison.json").read_text())
+    held = data["dense"]["bytes"]
+    arms = [{**arm, "bytes": held + 6_000} for arm in data["arms"] if arm["name"] == data["best"]["heldout"]]
+    assert "no smaller than dense. 0 broken N:M groups in 1 arm." in lead({**data, "arms": arms})
 
 
 def test_agreement_is_that_of_the_exports(compared):

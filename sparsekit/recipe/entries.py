@@ -32,7 +32,8 @@ def _paths(value: Any) -> Any:
     return value
 
 
-def _file_name(value: Any) -> Any:
+def file_name(value: Any) -> Any:
+    """Refuse what cannot be a name of a run, which is one of a directory."""
     if isinstance(value, str) and (not value or value[0] in ".-" or not all(c.isalnum() or c in "._-" for c in value)):
         raise ValueError(f"{value!r} must be letters, digits, '.', '_' and '-', and not begin with '.' or '-'")
     return value
@@ -69,7 +70,7 @@ class _FormatNames:
 
 Format = Annotated[str, BeforeValidator(_format), _FormatNames()]
 Text = Annotated[str, StringConstraints(min_length=1)]
-FileName = Annotated[str, BeforeValidator(_file_name)]
+FileName = Annotated[str, BeforeValidator(file_name)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy, and so lm-eval, accepts
 

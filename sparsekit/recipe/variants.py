@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from sparsekit.errors import PluginError, RecipeError
 from sparsekit.formats import FORMATS
 from sparsekit.recipe import Recipe, checked, load_plugins, read_overridden
+from sparsekit.recipe.entries import file_name
 from sparsekit.recipe.step import Step
 from sparsekit.recipe.yamllines import Document, Keys, Mark, shown
 
@@ -143,6 +144,10 @@ def _choices(document: Document, stage: str, raw: Any) -> list[Choice]:
     found = []
     for name, value in raw.items():
         at: Keys = (*keys, name)
+        try:
+            file_name(name)
+        except ValueError as error:
+            raise RecipeError(f"choice {error}", where=document.where(at)) from error
         if value is None:
             found.append(Choice(name, ()))
         elif isinstance(value, list):
@@ -160,7 +165,9 @@ def _arm(base: Document, name: str, choices: Sequence[Choice], notes: list[str])
     values = {key: copy.deepcopy(value) for key, value in base.values.items() if key != "variants"}
     marks = {keys: mark for keys, mark in base.marks.items() if keys[:1] != STAGES}
     first = values.get("steps") or []
-    values["steps"] = [*first] if isinstance(first, list) else first
+    if not isinstance(first, list):
+        raise RecipeError(f"steps is {shown(first)}, expected a list", where=base.where(("steps",)))
+    values["steps"] = [*first]
     marks.setdefault(("steps",), base.mark(STAGES))
     for choice in choices:
         for keys, step in choice.steps:

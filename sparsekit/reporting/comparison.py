@@ -10,7 +10,7 @@ from sparsekit.reporting.findings import SIXTEEN_BIT
 
 Record = Mapping[str, Any]
 
-UNTOUCHED: Record = {"sparsity": 0.0, "pattern": None, "bits": [], "groups": 0}  # an arm without steps
+UNTOUCHED: Record = {"sparsity": 0.0, "pattern": None, "bits": [], "groups": 0, "peak_memory_of": None}  # no steps
 
 
 def comparison_of(name: str, reports: Mapping[str, Record], notes: Sequence[str]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _arm(name: str, report: Record, dense: Record) -> dict[str, Any]:
         "groups": last["groups"],
         "violations": sum(step["violations"] for step in steps),
         "seconds": sum(step["seconds"] for step in steps),
-        "peak_memory": max(step["peak_memory"] for step in steps),
+        "peak_memory": max((step["peak_memory"] for step in steps), default=None),
         "peak_memory_of": last["peak_memory_of"],
         "gates": report["gates"],
         "deploy": report.get("deploy"),

@@ -15,7 +15,7 @@ from sparsekit.files import write_json, write_text
 from sparsekit.reporting.charts import curve_points, error_map
 from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table
 from sparsekit.reporting.findings import protocols
-from sparsekit.reporting.numerals import change, megabytes, perplexity
+from sparsekit.reporting.numerals import change, megabytes, numbered, perplexity
 from sparsekit.reporting.report import environment, finite, markdown_list, markdown_table, plain
 from sparsekit.reporting.speed import sentences, speed_table
 from sparsekit.reporting.svg import Axes, Point, Series, line_chart, scatter_chart
@@ -104,10 +104,10 @@ def lead(comparison: Record) -> str:
         ratio = comparison["dense"]["bytes"] / small["bytes"]
         alike = sum(arm["bytes"] == small["bytes"] for arm in sized)
         rank = f", the best of {alike} of this size" if alike > 1 else ""
-        told = f"{megabytes(small['bytes'])}, {ratio:.2f} times smaller than dense"
-        parts.append(f"Smallest: {small['name']} with {told}{rank}.")
+        gain = f"{ratio:.2f} times smaller than dense" if ratio > 1 else "no smaller than dense"
+        parts.append(f"Smallest: {small['name']} with {megabytes(small['bytes'])}, {gain}{rank}.")
     broken = sum(arm["violations"] for arm in arms)
-    parts.append(f"{broken:,} broken N:M groups in {len(arms)} arms.")
+    parts.append(f"{broken:,} broken N:M groups in {numbered(arms, 'arm')}.")
     return " ".join(parts)
 
 

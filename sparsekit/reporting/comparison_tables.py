@@ -41,15 +41,17 @@ def interval(found: Record | None) -> Cell:
         return NONE
     if found["low"] is None:
         return Cell(change(found["value"]), "the windows cannot be paired")
-    low, high = (_bare(found[key]) for key in ("low", "high"))
+    low, high = (_bare(found[key], found["value"]) for key in ("low", "high"))
     sure = "" if found["certain"] else ", which holds 0"
     title = f"{found['value']:+.6f} from {found['low']:+.6f} to {found['high']:+.6f}{sure}; {found['windows']} windows"
     return Cell(f"{change(found['value'])} [{low}, {high}]", title, "" if found["certain"] else "quiet")
 
 
-def _bare(value: float) -> str:
-    """An end of an interval, without the unit its middle has."""
+def _bare(value: float, middle: float) -> str:
+    """An end of an interval, without the unit where that is its middle's."""
     text = change(value)
+    if (value >= MANIFOLD) != (middle >= MANIFOLD):
+        return text
     return text.removeprefix(f"×{JOINED}") if value >= MANIFOLD else text.removesuffix(f"{JOINED}%")
 
 
@@ -78,7 +80,7 @@ def _cost_row(arm: Record, dense: float) -> list[Cell]:
         Cell(percent(arm["sparsity"]), f"pattern {arm['pattern']}"),
         counted if arm["groups"] else Cell("–", tone="quiet"),
         Cell(duration(arm["seconds"]), f"{arm['seconds']:.3f} s for all its steps"),
-        size(arm["peak_memory"], arm["peak_memory_of"]),
+        NONE if arm["peak_memory"] is None else size(arm["peak_memory"], arm["peak_memory_of"]),
     ]
 
 

@@ -80,5 +80,5 @@ def cost(comparison: Mapping[str, Any]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=None, padding=(0, 1), title_justify="left")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     return table

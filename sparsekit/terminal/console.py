@@ -174,7 +174,8 @@ def cells_table(found: Cells) -> Table:
     """A table of the page, as it is."""
     table = Table(title=found.caption, box=None, padding=(0, 1), title_justify="left")
     for column in found.columns:
-        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
+        side: Literal["left", "right"] = "right" if column.number else "left"
+        table.add_column(column.title, justify=side, no_wrap=column.number, overflow="fold")
     for row in found.rows:
         table.add_row(*(cell.text for cell in row))
     return table
