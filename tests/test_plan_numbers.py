@@ -23,7 +23,7 @@ from sparsekit.models.chain import Chain
 from sparsekit.models.shapes import BlockSizes, ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
 from sparsekit.planning.disk_model import checkpoint_bytes
-from sparsekit.planning.disk_time import Files
+from sparsekit.planning.disk_time import Files, file_seconds
 from sparsekit.planning.estimate import Estimator, _overlapped
 from sparsekit.planning.fates import kinds_of
 from sparsekit.planning.memory_model import Moment, Part, peak, scoring_moments, walk_moments
@@ -310,6 +310,24 @@ def test_a_full_disk_is_no_reason_not_to_plan(tmp_path, random_model, monkeypatc
     (note,) = (note for note in told["notes"] if "No space left" in note)
     assert note.startswith("the time of files is not in it: ")
     assert [place.name for place in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scoring_takes_the_time_to_hold_each_model_that_is_compared(tmp_path, random_model, dtype):
+    read = recipe(tmp_path, random_model, "{method: rtn, group_size: 16}")
+    path = tmp_path / "plan.yaml"
+    path.write_text(path.read_text().replace(f"{random_model}", f"{random_model}, dtype: {dtype}"))
+    estimator = Estimator.open(read_recipe(path))
+    files = file_seconds(estimator.bench, tmp_path)
+    assert min(files.holding[0], files.constant) > 0
+    blocks = len(estimator.sizes.blocks)
+    assert files.held(blocks, 0) == pytest.approx(blocks * files.holding[0])
+    slow = Files(constant=0.0, written=0.0, read=0.0, holding=(100.0, 0.0))
+    for agreement, models in ((False, 1), (True, 2)):
+        evaluate = read.evaluate.model_copy(update={"agreement": ["heldout"] if agreement else False})
+        estimator.recipe = read.model_copy(update={"evaluate": evaluate})
+        found = estimator._scoring(0.0, slow)
+        assert found["seconds"] == pytest.approx(models * blocks * 100.0, rel=0.1)
 
 
 def test_files_are_read_and_written_while_another_block_is_worked_on():

@@ -262,7 +262,7 @@ class Estimator:
         ]
         device, host = self._split(memory.peak(moments), memory.host_of_walk(self.sizes, self.process, hidden=0))
         inside = (self.sizes.numel - self.sizes.outside) * self.sizes.stored
-        seconds = files.constant + inside * files.read  # the blocks are read, the scores are written
+        seconds = files.constant + files.held(len(self.sizes.blocks), inside) * (2 if wanted.agreeing else 1)
         for name, entry in entries.items():
             models = 2 if name in wanted.agreeing else 1
             batch = max(1, min(self._windows(entry), EVALUATION_TOKENS[self.view.device.type] // entry.seq_len))
