@@ -394,6 +394,13 @@ def test_a_plan_reads_the_tasks_too(base, spoil, words):
         assert words in told.output
 
 
+def test_a_plan_knows_a_text_that_is_too_short(base):
+    (base / "text.txt").write_text("short")
+    told = CliRunner().invoke(main, ["plan", str(base / "bad.yaml")])
+    assert told.exit_code == 2, told.output
+    assert "has 5 bytes, too few for" in " ".join(told.output.split())
+
+
 def test_code_beside_a_known_model_is_not_run(base):
     config(auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"})(base)
     put("model/own.py", CODE)(base)

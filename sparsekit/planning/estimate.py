@@ -26,9 +26,8 @@ from sparsekit.planning.foreseen import Foreseen
 from sparsekit.planning.microbench import Bench
 from sparsekit.planning.peak import resident_now
 from sparsekit.planning.plan import Plan, PlannedStep, make_plan, texts_of
-from sparsekit.planning.reading import reading_seconds, tokens_bytes, tokens_of
+from sparsekit.planning.reading import check_length, reading_seconds, tokens_bytes, tokens_of
 from sparsekit.recipe import Recipe, TextEntry
-from sparsekit.text import locate_text
 from sparsekit.training.teacher import open_teacher
 
 FORWARDS_OF_HEAD = 4  # student and teacher forward, two products backward
@@ -63,12 +62,12 @@ class Estimator:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Estimator:
-        """Resolve a recipe against its model's config and headers; texts only have to be there.
+        """Resolve a recipe against its model's config and headers; texts are not read.
 
         Raises:
             RecipeError: The recipe does not fit the model.
             CoverageError: Too much of the model is out of reach.
-            DataError: A text or a task is missing.
+            DataError: A text or a task is missing, or a text is too short.
         """
         check_tasks(recipe)
         process, started = resident_now(), time.perf_counter()
@@ -76,9 +75,7 @@ class Estimator:
         opening = time.perf_counter() - started
         data = recipe.data
         for entry in filter(None, (data.calibration, data.train, *data.evaluation.values())):
-            for path in entry.paths:
-                if not path.startswith("hub:"):
-                    locate_text(path, recipe.resolve)
+            check_length(entry, recipe.resolve)
         plan = make_plan(recipe, view, {}, digest=NOT_READ)
         sizes = sizes_of(view)
         return cls(recipe, view, plan, sizes, Bench(view, sizes), process, opening=opening)

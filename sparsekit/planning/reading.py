@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sparsekit.data import POOL, encoder
+from sparsekit.errors import DataError
 from sparsekit.recipe import TextEntry
 from sparsekit.text import Resolve, locate_text, read_text
 
@@ -23,6 +24,23 @@ def tokens_of(entry: TextEntry, resolve: Resolve) -> int | None:
     files = [locate_text(path, resolve) for path in entry.paths]
     size = sum(file.stat().st_size * (UNPACKED if file.suffix == ".xz" else 1) for file in files)
     return int(size / BYTES_A_TOKEN)
+
+
+def check_length(entry: TextEntry, resolve: Resolve) -> None:
+    """Find a text's files, but for those on the hub.
+
+    Raises:
+        DataError: A file is missing, or they have fewer bytes than tokens are asked for.
+    """
+    files = [locate_text(path, resolve) for path in entry.paths if not path.startswith("hub:")]
+    if len(files) < len(entry.paths) or any(file.suffix == ".xz" for file in files):
+        return  # only reading would tell
+    size, windows = sum(file.stat().st_size for file in files), entry.samples or 1
+    if windows * entry.seq_len > size:
+        raise DataError(
+            f"text {', '.join(entry.paths)} has {size:,} bytes, too few for {windows} windows of {entry.seq_len} "
+            "tokens; give a longer text, or a smaller seq_len or samples"
+        )
 
 
 def tokens_bytes(entries: Iterable[TextEntry], resolve: Resolve, vocabulary: int) -> int:
