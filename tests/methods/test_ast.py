@@ -17,7 +17,7 @@ from sparsekit.training.optim import Rule, SparseAdamW
 from sparsekit.training.schedule import Schedule, windows_of
 
 TWO_OF_FOUR = Pattern(2, 4)
-SETTING = {"tokens": 24 * 64, "batch": 4, "micro_batch": 2, "lr": 3e-3, "mask_every": 3, "freeze": 0.2, "decay": 1e-2}
+SETTING = {"tokens": 24 * 64, "batch": 4, "micro_batch": 4, "lr": 3e-3, "mask_every": 3, "freeze": 0.2, "decay": 1e-2}
 
 
 def make_job(directory, family="llama", seed=0, tied=False) -> TrainJob:
@@ -62,14 +62,13 @@ def test_every_matmul_sees_two_of_four(tmp_path):
     for name in job.linears:
         modules[name].register_forward_pre_hook(look)
     ast(job, **SETTING)
-    # 24 steps of 2 micro-batches, and held-out scores
-    assert len(seen) >= 24 * 2 * len(job.linears)
+    # 24 steps, and held-out scores
+    assert len(seen) >= 24 * len(job.linears)
     assert set(seen) == {2}
 
 
-def test_result_is_what_the_student_computes(tmp_path):
-    job = make_job(tmp_path)
-    trained = ast(job, **SETTING)
+def test_result_is_what_the_student_computes(plain):
+    job, trained = plain
     fresh = copy.deepcopy(job.teacher)
     with torch.no_grad():
         for name, parameter in fresh.named_parameters():
@@ -87,7 +86,7 @@ def test_result_is_what_the_student_computes(tmp_path):
 def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path):
     job = make_job(tmp_path)
     before = [parameter.clone() for parameter in job.teacher.parameters()]
-    trained = ast(job, **{**SETTING, "tokens": 96 * 64, "lr": 1e-3, "kl": 1.0, "temperature": 1.0})
+    trained = ast(job, **{**SETTING, "tokens": 48 * 64, "kl": 1.0, "temperature": 1.0})
     log = job.student.log
     assert log[-1]["kl"] < 0.5 * log[0]["kl"]
     assert all(torch.equal(a, b) for a, b in zip(before, job.teacher.parameters(), strict=True))
@@ -97,8 +96,7 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [6, 7, 12])
-def test_killed_training_continues_to_the_same_bits(tmp_path, kept):
-    whole = ast(make_job(tmp_path / "whole"), **SETTING)
+def test_killed_training_continues_to_the_same_bits(tmp_path, plain, kept):
     setting = {**SETTING, "checkpoint_every": 1}
 
     class Killed(Exception):
@@ -113,20 +111,18 @@ def test_killed_training_continues_to_the_same_bits(tmp_path, kept):
     assert len(list((tmp_path / "cut").glob("step-*.safetensors"))) == 1
     again = make_job(tmp_path / "cut", seed=5)  # what the fresh models hold must not matter
     again = replace(again, teacher=make_job(tmp_path / "cut").teacher)
-    assert_same(ast(again, **setting), whole)
+    assert_same(ast(again, **setting), plain[1])
 
 
-def test_a_damaged_checkpoint_is_not_used(tmp_path):
-    whole = ast(make_job(tmp_path / "whole"), **SETTING)
+def test_a_damaged_checkpoint_is_not_used(tmp_path, plain):
     for name in ("step-00000007.safetensors", "step-00000007.json"):
         (tmp_path / "damaged").mkdir(exist_ok=True)
         (tmp_path / "damaged" / name).write_bytes(b"{}")
-    assert_same(ast(make_job(tmp_path / "damaged"), **SETTING), whole)
+    assert_same(ast(make_job(tmp_path / "damaged"), **SETTING), plain[1])
 
 
-def test_micro_batches_change_the_sum_only_up_to_rounding(tmp_path):
-    a = ast(make_job(tmp_path / "a"), **SETTING)
-    b = ast(make_job(tmp_path / "b"), **{**SETTING, "micro_batch": 4})
+def test_micro_batches_change_the_sum_only_up_to_rounding(tmp_path, plain):
+    a, b = plain[1], ast(make_job(tmp_path), **{**SETTING, "micro_batch": 2})
     for name in a.linears:
         torch.testing.assert_close(a.linears[name].weight, b.linears[name].weight, rtol=0, atol=5e-3)
 

@@ -12,7 +12,7 @@ from sparsekit.training.lowbits import Memory
 from sparsekit.training.optim import Rule, SparseAdamW, Step
 
 TWO_OF_FOUR = Pattern(2, 4)
-LONGER = {**SETTING, "tokens": 96 * 64, "lr": 1e-3, "kl": 1.0, "temperature": 1.0}
+LONGER = {**SETTING, "tokens": 48 * 64, "kl": 1.0, "temperature": 1.0}
 MODES = [{"states": "float8"}, {"masters": "bfloat16"}, {"states": "float8", "masters": "bfloat16"}]
 
 
@@ -78,8 +78,8 @@ def test_packed_first_masks_count_the_same_flips():
     assert counts[0][1] > 0
 
 
-def test_recomputed_blocks_change_no_bit(tmp_path):
-    assert_same(ast(make_job(tmp_path / "a"), **SETTING), ast(make_job(tmp_path / "b"), **SETTING, checkpointing=True))
+def test_recomputed_blocks_change_no_bit(tmp_path, plain):
+    assert_same(plain[1], ast(make_job(tmp_path), **SETTING, checkpointing=True))
 
 
 def test_both_passes_of_a_recomputed_block_see_the_same_masks(tmp_path):
@@ -93,7 +93,7 @@ def test_both_passes_of_a_recomputed_block_see_the_same_masks(tmp_path):
                 seen.setdefault(name, []).append(module.weight.detach() != 0) if torch.is_grad_enabled() else None
             )
         )
-    ast(job, **{**SETTING, "micro_batch": 4}, checkpointing=True)
+    ast(job, **SETTING, checkpointing=True)
     for name, masks in seen.items():
         assert len(masks) == 2 * 24, name
         assert all(torch.equal(a, b) for a, b in zip(masks[::2], masks[1::2], strict=True))
@@ -124,7 +124,7 @@ def test_hidden_states_come_closer(tmp_path, options):
     ast(job, **{**SETTING, "tokens": 64, "decay": 0.0, "lr": 1e-9})
     first = distance()
     job = make_job(tmp_path / "again")
-    ast(job, **{**LONGER, **options})
+    ast(job, **{**LONGER, "tokens": 96 * 64, "lr": 1e-3, **options})
     assert 0 < distance() < 0.6 * first
 
 

@@ -153,7 +153,7 @@ def test_it_trains_with_everything_else_and_is_counted(tmp_path, projection):
 
 
 def test_the_branch_lowers_the_loss(tmp_path):
-    longer = {**SETTING, "tokens": 96 * 64, "lr": 1e-3}
+    longer = {**SETTING, "tokens": 48 * 64, "lr": 1e-3}
     jobs = [make_job(tmp_path / name) for name in ("plain", "branched")]
     for job, options in zip(jobs, ({}, {"slorb": 16}), strict=True):
         ast(job, **longer, **options)
