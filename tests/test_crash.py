@@ -20,7 +20,7 @@ from sparsekit.cli import main
 from sparsekit.files import RunLock
 
 ROOT = Path(__file__).parents[1]
-SHORT = RECIPE.replace("tokens: 2048", "tokens: 1024").replace("samples: 64", "samples: 32")  # eight steps
+SHORT = RECIPE.replace("tokens: 2048", "tokens: 512").replace("samples: 64", "samples: 32")  # four steps
 
 
 @pytest.mark.slow
