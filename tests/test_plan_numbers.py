@@ -49,6 +49,13 @@ evaluate: {{perplexity: [heldout]}}
 PROCESS = ("Python and its libraries", "embeddings, head, final norm")  # held before the step begins
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Times are measured once, and with little on the disk: these tests look at no time that depends on it."""
+    monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
+    monkeypatch.setattr("sparsekit.planning.disk_time.DISK", 2**20)
+
+
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory) -> Path:
     """One block of 128 × 384, wide enough for tensors to outweigh what is not modelled."""
@@ -89,8 +96,7 @@ def predicted(part: dict, held: tuple[str, ...] = PROCESS) -> int:
     ],
     ids=["wanda", "gptq", "sparsegpt with bits", "ast", "slorb"],
 )
-def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
-    monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
+def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step):
     read = recipe(tmp_path, wide_model, step, samples=1 if "gpt" in step else 16, seq_len=64)
     told = Estimator.open(read).all()
     run = Run.open(read, Silent())
@@ -100,8 +106,7 @@ def test_peak_memory_is_within_a_fifth(tmp_path, wide_model, step, monkeypatch):
     assert predicted(told["steps"][0]) == pytest.approx(found.bytes, rel=0.2)
 
 
-def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model, monkeypatch):
-    monkeypatch.setattr("sparsekit.planning.microbench.SLOW", 0.0)
+def test_scoring_memory_is_within_a_fifth(tmp_path, wide_model):
     read = recipe(tmp_path, wide_model, "{method: rtn, group_size: 64}")
     told = Estimator.open(read).all()["scoring"]
     run = Run.open(read, Silent())
