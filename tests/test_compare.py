@@ -144,6 +144,16 @@ def test_the_terminal_shows_zero_shot_tasks_too(compared):
     assert "0.500 ± 0.100" in capture.get()
 
 
+def test_terminal_and_page_name_the_gates_that_arms_missed(compared):
+    data = json.loads((compared / "comparison.json").read_text())
+    data["arms"][1]["gates"] = [{"text": "heldout +9.0 %, at most +5.0 %", "passed": False}]
+    told = f"{data['arms'][1]['name']}: heldout +9.0 %, at most +5.0 %"
+    with (console := Console(width=100)).capture() as capture:
+        ComparisonTerminal(console).compared(data, {})
+    assert f"missed    {told}" in capture.get()
+    assert told in html(data)
+
+
 def test_csv_has_a_row_for_each_arm_and_markdown_the_tables(compared):
     table = list(csv.DictReader((compared / "comparison.csv").read_text().splitlines()))
     assert [row["arm"] for row in table] == ["dense", "wanda", "wanda-gptq", "ast", "ast-gptq"]

@@ -45,6 +45,11 @@ def comparison_of(name: str, reports: Mapping[str, Record], notes: Sequence[str]
     }
 
 
+def missed(arms: Sequence[Record]) -> list[str]:
+    """Quality gates that arms of a comparison missed, with the arm's name."""
+    return [f"{arm['name']}: {gate['text']}" for arm in arms for gate in arm["gates"] if not gate["passed"]]
+
+
 def _common(bases: Sequence[Record]) -> dict[str, Any]:
     """What the arms agree on; a text that some of them do not read is that of the others."""
     return {key: next((one[key] for one in bases if one[key] is not None), None) for key in bases[0]}

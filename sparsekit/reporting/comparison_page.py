@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from sparsekit.files import write_json, write_text
 from sparsekit.reporting.charts import curve_points, error_map
+from sparsekit.reporting.comparison import missed
 from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table
 from sparsekit.reporting.findings import protocols
 from sparsekit.reporting.numerals import change, megabytes, numbered, perplexity
@@ -73,7 +74,7 @@ def view(comparison: Record) -> dict[str, Any]:
         "deploy_notes": list(sentences(deployed)),
         "maps": list(error_maps(arms)),
         "curves": list(training_charts(arms)),
-        "missed": [f"{arm['name']}: {gate['text']}" for arm in arms for gate in arm["gates"] if not gate["passed"]],
+        "missed": missed(arms),
         "notes": [*comparison["notes"], *(f"{arm['name']}: {note}" for arm in arms for note in arm["notes"])],
         "environment": pair_table("Environment", about),
         "basis": pair_table("What all arms have in common", dict(common(comparison["basis"]))),

@@ -12,6 +12,7 @@ from rich.table import Table
 from sparsekit.models.view import ModelView
 from sparsekit.planning.plan import Plan
 from sparsekit.recipe import Recipe
+from sparsekit.reporting.comparison import missed
 from sparsekit.reporting.comparison_page import lead
 from sparsekit.reporting.comparison_tables import cost_table, measures_table, quality_table
 from sparsekit.reporting.tasks import tasks_table
@@ -53,6 +54,8 @@ class ComparisonTerminal(Terminal):
             if found is not None:
                 self._out.print(cells_table(found))
         self._out.print(cost(comparison))
+        for gate in missed(comparison["arms"]):
+            self._out.print(f"  [red]missed[/red]    {gate}", highlight=False)
         for note in comparison["notes"]:
             self._out.print(f"  note      {note}", highlight=False)
         for name, path in files.items():
