@@ -79,11 +79,12 @@ def tuned(out: int, columns: int, batch: int, pool: ThreadPoolExecutor) -> dict[
 
     list(pool.map(built, cuts))
     expected, times = multiply(x, weights[0], now).float(), []
-    for cut in cuts:
+    for cut in (now, *cuts):
         error = (multiply(x, weights[0], cut).float() - expected).norm() / expected.norm()
         assert error < 1e-2, cut
         taken = measure({"": lambda cut=cut: [multiply(x, weight, cut) for weight in weights]}, 5, "cuda")[""]
         times.append((taken["us"] / len(weights), cut))
+    del times[0]  # the first that is timed is up to 20 % slower than the second time
     return {"of": len(found), "now": times[0], "best": sorted(times)[:12]}
 
 
