@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit.blockwise.stacking import placed
+from sparsekit.blockwise.stacking import placed, sent
 from sparsekit.blockwise.streaming import Behind
 from sparsekit.checkpoint import BlockState, StepStore
 from sparsekit.errors import MethodError
@@ -123,13 +123,13 @@ class Training:
             for index, block in enumerate(blocks):
                 linears = {name: trained.linears.get(name, state) for name, state in block.linears.items()}
                 params = {name: trained.params.get(name, value) for name, value in block.params.items()}
-                before, after = (placed(each, self.view.device) for each in (block, BlockState(linears, params)))
+                after = placed(BlockState(linears, params), self.view.device)
                 records = [
                     verified(
-                        before.linears[name], after.linears[name], kind=self.method.kind,
+                        sent(before, self.view.device), after.linears[name], kind=self.method.kind,
                         pattern=self.patterns.get(name), integers=integers,
                     ).as_dict()
-                    for name in linears if name in trained.linears
+                    for name, before in block.linears.items() if name in trained.linears
                 ]  # fmt: skip
                 behind.commit(index, after, records)
                 inside |= params.keys()
