@@ -89,8 +89,10 @@ def streams_of(view, blocks):
     return entering.inputs_of(view, blocks, TOKENS, modules)
 
 
-def test_the_walk_sums_what_the_stream_lacks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("quick", [(), ("cpu",)], ids=["", "norms as on CUDA"])
+def test_the_walk_sums_what_the_stream_lacks(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekit.blockwise.activations.MICRO_BATCH_TOKENS", {"cpu": 32})
+    monkeypatch.setattr("sparsekit.blockwise.activations.QUICK", quick)
     SEEN.clear()
     view = ModelView.open(families.save("llama", tmp_path / "model"), device="cpu")
     store = StepStore(tmp_path / "step", view.dtype)
