@@ -52,16 +52,21 @@ def test_a_plugin_that_trains_keeps_the_contract():
     training(subject("permute", PLUGINS / "permute.py"), CUDA)
 
 
-STEPS = {
-    "owl": "{method: wanda, sparsity: 0.5, allocate: {method: owl, outlier: 2.0}}",
-    "dsnot": '{method: wanda, pattern: "2:4"}, {method: dsnot, pattern: "2:4"}',
-    "alps": '{method: alps, pattern: "2:4", iterations: 20}',
-    "ria": '{method: ria, pattern: "2:4"}, {method: gptq, bits: 4, group_size: 16}',
+STEPS = {  # plugin file, steps
+    "owl": ("owl", "{method: wanda, sparsity: 0.5, allocate: {method: owl, outlier: 2.0}}"),
+    "dsnot": ("dsnot", '{method: wanda, pattern: "2:4"}, {method: dsnot, pattern: "2:4"}'),
+    "alps": ("alps", '{method: alps, pattern: "2:4", iterations: 20}'),
+    "aimed": (
+        "alps",
+        '{method: alps_aimed, pattern: "2:4", iterations: 20, owed: 0.25, schedule: group},'
+        " {method: gptq, group_size: 16}, {method: lowrank, rank: 4, group_size: 16, schedule: group}",
+    ),
+    "ria": ("ria", '{method: ria, pattern: "2:4"}, {method: gptq, bits: 4, group_size: 16}'),
 }
 
 
-@pytest.mark.parametrize("plugin", STEPS)
-def test_plugins_run_on_cuda(tmp_path, random_model, plugin):
+@pytest.mark.parametrize(("plugin", "steps"), STEPS.values(), ids=STEPS)
+def test_plugins_run_on_cuda(tmp_path, random_model, plugin, steps):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: plugin\noutput: {tmp_path / 'run'}\nplugins: [{PLUGINS / plugin}.py]\n"
@@ -69,7 +74,7 @@ def test_plugins_run_on_cuda(tmp_path, random_model, plugin):
         "data:\n"
         "  calibration: {path: builtin:calibration, samples: 4, seq_len: 32}\n"
         "  evaluation: {heldout: {path: builtin:heldout, seq_len: 32, samples: 4}}\n"
-        f"steps: [{STEPS[plugin]}]\n"
+        f"steps: [{steps}]\n"
         "evaluate: {perplexity: [heldout]}\nexport: {formats: []}\n"
     )
     result = CliRunner().invoke(main, ["run", str(recipe)])
