@@ -26,6 +26,7 @@ COMPARISONS = {
     "70": "pruners_70",
     "permuted": "permuted_2to4",  # needs scipy
     "oneshot": "oneshot_2to4",
+    "tuned": "tuned_2to4",
     "lowrank": "lowrank_2to4",
     "lowrank-int4": "lowrank_int4",
 }

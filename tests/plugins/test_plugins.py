@@ -14,9 +14,12 @@ from click.testing import CliRunner
 
 import sparsekit as sk
 from sparsekit.allocate import Measured
+from sparsekit.checkpoint import StepStore
 from sparsekit.cli import main
 from sparsekit.errors import MethodError
+from sparsekit.models.blocks import Call
 from sparsekit.pattern import Pattern
+from sparsekit.testing import Subject, training
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 CPU = torch.device("cpu")
@@ -435,3 +438,68 @@ def test_after_training_the_dense_reference_is_what_training_left(tmp_path, rand
     _, repaired = json.loads((tmp_path / "run" / "report.json").read_text())["steps"]
     assert max(each["error"] for each in repaired["layers"]) < 1e-9  # nothing to repair: it is its own reference
     assert repaired["violations"] == 0 and repaired["groups"] > 0
+
+
+class Adding(torch.nn.Module):
+    """A block that is one linear: what it is trained to has an exact answer."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.linear = torch.nn.Linear(inputs, inputs, bias=False)
+
+    def forward(self, x):
+        return (x + self.linear(x),)  # as a block that returns more than hidden states
+
+
+def test_block_wise_training_comes_to_the_least_squares_answer():
+    torch.manual_seed(0)
+    functions = method("ebft").function.__globals__
+    block, inputs = Adding(8), torch.randn(16, 6, 8)
+    target = inputs + inputs @ torch.randn(8, 8).t() * 0.3
+    mask = Pattern(2, 4).keep(torch.rand(8, 8))
+    block.linear.weight.data *= mask
+    given = block.linear.weight.detach().clone()
+    calls = {8: Call((), {})}
+    order = functions["batches"](16, 8, 400, seed=0)
+    trained, (before, after) = functions["fitted"](block, {"linear": mask}, inputs, target, order, calls, 0.03)
+    x, y = inputs.flatten(0, 1).double(), (target - inputs).flatten(0, 1).double()
+    for row in range(8):
+        chosen = mask[row]
+        exact = torch.linalg.lstsq(x[:, chosen], y[:, [row]]).solution.flatten()
+        torch.testing.assert_close(trained["linear"][row, chosen].double(), exact, atol=2e-3, rtol=0)
+    assert torch.equal(block.linear.weight, given)
+    best = (x @ torch.where(mask, trained["linear"], 0.0).double().t() - y).square().mean() / y.square().mean()
+    assert after == pytest.approx(float(best), rel=0.05) and after < before
+
+
+def test_every_epoch_has_all_windows_and_rates_end_at_a_tenth():
+    functions = method("ebft").function.__globals__
+    order = functions["batches"](10, 4, 3, seed=1)
+    assert [len(part) for part in order] == [4, 4, 2] * 3
+    for epoch in range(3):
+        assert sorted(torch.cat(order[3 * epoch : 3 * epoch + 3]).tolist()) == list(range(10))
+    rates = [functions["rate"](step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_block_wise_training_keeps_the_contract():
+    training(Subject(method("ebft"), {"windows": 3, "batch": 2, "epochs": 2}))
+
+
+def test_block_wise_training_keeps_masks_and_what_was_left_out(tmp_path, random_model):
+    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 10}}\n  evaluation:")
+    ignored = '{method: wanda, pattern: "2:4"}, {method: ebft, batch: 4, ignore: ["*.down_proj"]}'
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.format(output=tmp_path / "run", plugin=PLUGINS / "ebft.py", model=random_model, steps=ignored))
+    result = CliRunner().invoke(main, ["run", str(path)])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    _, tuned = json.loads((tmp_path / "run/report.json").read_text())["steps"]
+    assert tuned["violations"] == 0 and tuned["groups"] > 0
+    assert tuned["training"]["block_error"] < tuned["training"]["block_error_before"]
+    stores = [StepStore(directory, torch.float32) for directory in sorted((tmp_path / "run/steps").iterdir())]
+    for index in range(2):
+        before, after = (store.block(index).linears for store in stores)
+        for name, state in before.items():
+            assert torch.equal(state.mask, after[name].mask)
+            assert torch.equal(state.weight, after[name].weight) == name.endswith("down_proj")
