@@ -13,8 +13,11 @@ from elsewhere import THERE, elsewhere
 
 import sparsekit.blockwise.allotment as allotment
 from sparsekit.allocate import Allocate
+from sparsekit.branch import Branch
 from sparsekit.checkpoint import BlockState
 from sparsekit.errors import ContractError
+from sparsekit.interchange.adapter import branches_of, write_adapter
+from sparsekit.methods.lowrank import integers
 from sparsekit.registry import METHODS
 from sparsekit.state import LinearState
 from sparsekit.testing import Subject
@@ -110,3 +113,15 @@ def test_an_allocation_is_given_weights_where_the_statistics_are(monkeypatch):
     with elsewhere():
         shares = allotment.Allotment(view, allocate, every, block, torch.zeros(1, 4), 0.5).work()
     assert sum(shares.values()) / 4 == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["integers", "floats"])
+def test_an_adapter_is_written_of_branches_that_are_elsewhere(small, tmp_path):
+    factors = [torch.randn(2, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    branch = Branch.of_integers(*(integers(factor, 4, 8) for factor in factors))
+    state = LinearState("0.a", torch.zeros(16, 16)).with_branch(branch)
+    with elsewhere():
+        there = BlockState({"0.a": replace(state, source=state.source.to(THERE), branch=branch.to(THERE))}, {})
+        found = branches_of(lambda index: there, lambda name: "same", 1, opened=not small)
+        written = write_adapter(tmp_path, found, torch.bfloat16, integers=small)
+    assert written > 0  # and read back, where it is integers

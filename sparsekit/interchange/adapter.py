@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsekit.branch import Branch, attach
 from sparsekit.checkpoint import BRANCH as PARTS
-from sparsekit.checkpoint import BlockState
+from sparsekit.checkpoint import HOST, BlockState
 from sparsekit.errors import CheckpointError, in_one_line
 from sparsekit.files import read_json, read_tensors, write_json, write_tensors
 from sparsekit.formats.packing import WORD, pack_padded, unpack_padded
@@ -82,6 +82,7 @@ def write_adapter(target: Path, branches: Mapping[str, Branch], dtype: torch.dty
         integers: Store those of the branches, which all hold some.
     """
     directory = target / ADAPTER
+    branches = {name: branch.to(HOST) for name, branch in branches.items()}
     if integers:
         return _write_integers(directory, branches)
     tensors: dict[str, Tensor] = {}
