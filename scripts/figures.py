@@ -6,13 +6,14 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsekit.reporting.svg import Axes, Point, Series, scatter_chart
 
 ROOT = Path(__file__).parents[1]
-PLUGIN_FIGURES = ("plugins_h100.json", "plugins_cpu.json")  # the best first
+PLUGIN_FIGURES = ("plugins_h200.json", "plugins_h100.json", "plugins_cpu.json")  # the best first
 KINDS = ("every weight kept", "2:4")
 ABLATION = {  # arm of recipes/ast: what it is
     "fixed-ce": "the first mask for good, cross-entropy alone (naive training)",
@@ -129,26 +130,41 @@ def ast_quantized() -> str:
     found = measured("ast_quantized")
     titles = ("kept values", "pattern", "tokens", "valid", "to dense", "bits a weight", "smaller than FP32")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for arm in sorted(_first_runs(found), key=lambda arm: -arm["bits_per_weight"]):
-        runs = [other["perplexity"] for other in found["arms"] if _arm(other) == _arm(arm)]
+    for arm in sorted(quantized_arms(), key=lambda arm: -arm["bits_per_weight"]):
         late = arm.get("quantize_from", 0.0)
         grid = _grid(arm) + (f", from {late:.0%} of the steps" if late else "")
         grid += f", lr {arm['lr']:g}" if "lr" in arm else ""  # another than the default
-        mean, bits = statistics.fmean(runs), arm["bits_per_weight"]
-        valid = f"{mean:.2f}" + (f" ({min(runs):.2f} to {max(runs):.2f}, {len(runs)} runs)" if runs[1:] else "")
+        bits = arm["bits_per_weight"]
         lines.append(
-            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {valid} | {mean - found['dense']:+.2f} "
-            f"| {bits:.2f} | {32 / bits:.1f} × |"
+            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {_of_runs(arm)} "
+            f"| {arm['perplexity'] - found['dense']:+.2f} | {bits:.2f} | {32 / bits:.1f} × |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _first_runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [arm for arm in found["arms"] if arm["seed"] == 0 and not arm.get("again")]
+def quantized_arms() -> list[dict[str, Any]]:
+    """Arms of ast_quantized.json, all runs of one together: `perplexity` is their mean, `runs` has every one."""
+    together: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in measured("ast_quantized")["arms"]:
+        together.setdefault((row["arm"], row["tokens"]), []).append(row)
+    arms = []
+    for rows in together.values():
+        runs = [row["perplexity"] for row in rows]
+        coded = [row["coded_bits_per_weight"] for row in rows if "coded_bits_per_weight" in row]
+        about = {
+            "perplexity": statistics.fmean(runs),
+            "runs": runs,
+            "coded": statistics.fmean(coded) if coded else None,
+        }
+        arms.append({**rows[0], **about})
+    return arms
 
 
-def _arm(row: Mapping[str, Any]) -> tuple[str, float]:
-    return row["arm"], row["tokens"]
+def _of_runs(arm: Mapping[str, Any]) -> str:
+    """A perplexity; of several runs their mean and what they lie between."""
+    runs = arm["runs"]
+    several = f" ({min(runs):.2f} to {max(runs):.2f}, {len(runs)} runs)" if runs[1:] else ""
+    return f"{arm['perplexity']:.2f}{several}"
 
 
 def _grid(arm: Mapping[str, Any]) -> str:
@@ -157,11 +173,15 @@ def _grid(arm: Mapping[str, Any]) -> str:
 
 
 def front() -> str:
-    """Every measured way to make models/base's linears smaller: a drawing of perplexity against size, and the rows."""
+    """Every measured way to make models/base's linears smaller: a drawing of perplexity against size, and the rows.
+
+    The dense model, and what is there coded too, are in the table alone.
+    """
     points = _front()
-    drawn = [(name.removeprefix("trained "), *rest) for name, *rest in points if rest[1] > 4]  # dense: in the table
+    coded = {(point.kind, point.name.removesuffix(", coded")) for point in points if point.name.endswith(", coded")}
+    drawn = [point for point in points if point.times > 4 and (point.kind, point.name) not in coded]
     chart = scatter_chart(
-        [Series(label, [Point(x, y, label=name) for name, kind, x, y in drawn if kind == label]) for label in KINDS],
+        [Series(kind, [point.drawn() for point in drawn if point.kind == kind]) for kind in KINDS],
         Axes(
             "Perplexity against size",
             x="times smaller than FP32, linears, all counted",
@@ -172,35 +192,57 @@ def front() -> str:
         ),
     )
     lines = ["| | linears | smaller than FP32 | valid |", "|---|---|---|---|"]
-    lines += [f"| {name} | {kind} | {x:.1f} × | {y:.2f} |" for name, kind, x, y in sorted(points, key=_size)]
+    for point in sorted(points, key=lambda point: point.times):
+        lines.append(
+            f"| {point.name} | {point.kind} | {point.times:.1f} × | {point.told or f'{point.perplexity:.2f}'} |"
+        )
     return f'<div class="chart">{chart}</div>\n\n' + "\n".join(lines) + "\n"
 
 
-def _size(point: tuple[str, str, float, float]) -> float:
-    return point[2]
+@dataclass(frozen=True)
+class Small:
+    """A way to make the linears smaller.
+
+    Attributes:
+        name: For a row of the table.
+        kind: One of `KINDS`.
+        times: Smaller than FP32.
+        perplexity: On the valid text.
+        told: The perplexity in words, where it is of several runs.
+    """
+
+    name: str
+    kind: str
+    times: float
+    perplexity: float
+    told: str = ""
+
+    def drawn(self) -> Point:
+        """In the picture, which has little room."""
+        label = self.name.removeprefix("trained ").replace("a step a row", "row steps")
+        return Point(self.times, self.perplexity, label=label)
 
 
-def _front() -> list[tuple[str, str, float, float]]:
-    """Name, kind, times smaller than FP32, perplexity."""
+def _front() -> list[Small]:
+    """What was measured, but for what lost more than is worth a picture."""
     scales, places = 16 / 128, 2 / 3
     named = {row["name"]: row["final"]["valid"]["perplexity"] for row in measured("base_h100")}
-    trained = measured("ast_quantized")
     sparse = 2 + places + scales  # 4 bits for half of the weights
-    points = [("dense, bf16", KINDS[0], 2.0, trained["dense"])]
+    points = [Small("dense, bf16", KINDS[0], 2.0, measured("ast_quantized")["dense"])]
     for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
-        points.append((title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
-    points.append(("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
+        points.append(Small(title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
+    points.append(Small("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for arm in _first_runs(trained):
+    for arm in quantized_arms():
         if arm["perplexity"] < LOST:
             key = (arm["pattern"], _grid(arm), round(arm["tokens"] / 1e6))
             best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
     for (pattern, grid, tokens), arm in best.items():
         kind = KINDS[1] if pattern == "2:4" else KINDS[0]
-        title = f"trained {grid}, {tokens} M"
-        points.append((title, kind, 32 / arm["bits_per_weight"], arm["perplexity"]))
-        if coded := arm.get("coded_bits_per_weight"):
-            points.append((f"{title}, coded", kind, 32 / coded, arm["perplexity"]))
+        title, found = f"trained {grid}, {tokens} M", (arm["perplexity"], _of_runs(arm))
+        points.append(Small(title, kind, 32 / arm["bits_per_weight"], *found))
+        if arm["coded"]:
+            points.append(Small(f"{title}, coded", kind, 32 / arm["coded"], *found))
     return points
 
 

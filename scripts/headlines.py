@@ -58,23 +58,29 @@ def base_figures() -> str:
 def headline(folder: str = "") -> str:
     """What to expect, for the front page and the README: perplexity and size of models/base; pages are in `folder`."""
     runs, dense = _base()
-    read = {name: measured(name) for name in ("plugins_h100", "ast_ablation", "ast_quantized")}
-    aimed = next(arm for result in read["plugins_h100"] for arm in result["arms"] if arm["arm"] == "aimed-50")
+    read = {name: measured(name) for name in ("plugins_h200", "ast_ablation")}
+    arms = next(result["arms"] for result in read["plugins_h200"] if result["comparison"] == "tuned")
+    tuned = {arm["arm"]: arm["final"]["valid"]["perplexity"] for arm in arms}
     longer = min(_longest(read["ast_ablation"]["arms"]))
-    trained = [arm for arm in figures._first_runs(read["ast_quantized"]) if arm["pattern"] == "2:4"]
+    trained = [arm for arm in figures.quantized_arms() if arm["pattern"] == "2:4"]
     together = [min((arm for arm in trained if arm["bits"] == bits), key=_valid) for bits in (4, 3, 2)]
-    sizes = {name: size for name, _, size, _ in figures._front()}
+    sizes = {point.name: point.times for point in figures._front()}
     rows = [
         ("dense, bf16", dense, sizes["dense, bf16"]),
         ("GPTQ int4", runs["gptq-int4"][0], sizes["GPTQ int4"]),
         ("SparseGPT 2:4", runs["sparsegpt-2to4"][0], None),
-        (f"[ALPS, aimed]({folder}plugins.md#alps_aimed): 2:4 in one shot", aimed["final"]["valid"]["perplexity"], None),
+        (f"[ALPS, aimed]({folder}plugins.md#alps_aimed): 2:4 in one shot", tuned["aimed"], None),
+        (
+            f"the same, then [block-wise training]({folder}plugins.md#ebft) on the calibration text",
+            tuned["aimed-ebft"],
+            None,
+        ),
         (f"[AST]({folder}methods/ast.md) 2:4, 26.2 M tokens", runs["ast"][0], None),
         ("AST 2:4, 99.6 M tokens", longer, None),
         ("AST 2:4, 26.2 M tokens, then GPTQ int4", runs["ast-gptq4-base"][0], sizes["AST, then GPTQ int4"]),
     ]
     for arm in together:
-        coded = arm.get("coded_bits_per_weight")
+        coded = arm["coded"]
         told = f"{arm['tokens'] / 1e6:.1f} M" + (", coded" if coded else "")
         title = f"2:4 and {figures._grid(arm)} trained together, {told}"
         rows.append((title, arm["perplexity"], 32 / (coded or arm["bits_per_weight"])))
