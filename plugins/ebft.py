@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import sparsekit as sk
+from sparsekit.errors import MethodError
 from sparsekit.models.blocks import BlockModel, Call
 from sparsekit.training.loop import Trained, TrainJob
 
@@ -37,21 +38,25 @@ def ebft(
 
     A step after a pruner, for models that are too large to be trained as a whole, or where there is no text but the
     calibration windows: nothing is propagated back beyond a block. Masks stay. It reads data.train, so give that
-    the calibration text. Both models and four copies of the hidden states of all windows are on the device.
+    the calibration text. Both models and four copies of the hidden states of all windows are on the device. A
+    killed step begins anew.
 
     Args:
         windows: Training windows, the first ones.
-        epochs: Passes over them, for each block; 10 in the paper.
+        epochs: Passes over them, for each block; 10 in the reference.
         lr: Learning rate of Adam as a share of a linear's root mean square.
         batch: Windows a step.
         share: How far the target goes from what the dense block makes of the inputs that the compressed model
-            has here towards what it makes of the dense model's own; 1 is the paper's.
+            has here, as in the reference, towards what it makes of the dense model's own.
 
-    Source: Guo et al. 2024, arXiv:2402.12419, eq. 4 and Algorithm 1.
+    Source: Guo et al. 2024, arXiv:2402.12419 (EBFT), and its reference, lib/finetune.py of sunggo/EBFT.
 
-    Deviations: `share`, as in alps_aimed. The rate is relative to a linear's weights, warms up and falls
-    by a cosine, where the paper's is 2e-4 for all. A killed step begins anew.
+    Deviations: `share`, as in alps_aimed; the reference's is 0. The whole model is pruned before, where the
+    reference prunes a block and trains it. The rate is relative to a linear's weights, warms up and falls by a
+    cosine, where the reference's falls in a line from 2e-4. Norms stay, and there is no weight decay.
     """
+    if job.another_teacher:
+        raise MethodError("ebft learns from the blocks of the dense original; leave `teacher` out")
     student, teacher = (BlockModel(Path(), model, job.device) for model in (job.student, job.teacher))
     tokens = job.tokens[:windows]
     inputs, calls = embedded(student, tokens, batch)
@@ -72,7 +77,7 @@ def ebft(
         errors.append(error)
         job.progress((index + 1) * tokens.numel(), len(student.blocks) * tokens.numel())
     before, after = (sum(each) / len(errors) for each in zip(*errors, strict=True))
-    return Trained(linears, {}, {"block_error_before": before, "block_error": after})
+    return Trained(linears, {}, {"windows": len(tokens), "block_error_before": before, "block_error": after})
 
 
 def embedded(model: BlockModel, tokens: Tensor, batch: int) -> tuple[Tensor, dict[int, list[Call]]]:

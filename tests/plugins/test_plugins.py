@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from sparsekit.errors import MethodError
 from sparsekit.models.blocks import Call
 from sparsekit.pattern import Pattern
 from sparsekit.testing import Subject, training
+from sparsekit.testing.specimens import training_job
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 CPU = torch.device("cpu")
@@ -485,6 +487,11 @@ def test_every_epoch_has_all_windows_and_rates_end_at_a_tenth():
 
 def test_block_wise_training_keeps_the_contract():
     training(Subject(method("ebft"), {"windows": 3, "batch": 2, "epochs": 2}))
+
+
+def test_block_wise_training_has_no_other_teacher():
+    with training_job() as job, pytest.raises(MethodError, match="leave `teacher` out"):
+        method("ebft").function(replace(job, another_teacher=True))
 
 
 def test_block_wise_training_keeps_masks_and_what_was_left_out(tmp_path, random_model):
