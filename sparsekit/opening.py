@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sparsekit.data import entry_digest, load_tokenizer
 from sparsekit.models.view import ModelView
 from sparsekit.planning.plan import Plan, make_plan, texts_of
 from sparsekit.recipe import Recipe, TextEntry
+
+T = TypeVar("T")
 
 
 def open_view(recipe: Recipe, *, empty: bool = False) -> ModelView:
@@ -33,11 +36,17 @@ def open_tokenizer(recipe: Recipe, view: ModelView) -> Any:
 
 def plan_for(recipe: Recipe, view: ModelView, digest: str | None = None) -> Plan:
     """The plan of a recipe; its texts are read for their digests only. `digest` is the model's where it is known."""
+    digests = of_texts(recipe, lambda entry: entry_digest(entry, recipe.resolve))
+    named = {keys[-1]: found for keys, found in digests.items() if keys[:-1] == ("data",)}  # none that is only scored
+    return make_plan(recipe, view, named, digest)
+
+
+def of_texts(recipe: Recipe, look: Callable[[TextEntry], T]) -> dict[tuple[str, ...], T]:
+    """What is to be known of every text that a step or an evaluation may read, by its keys; errors tell their lines."""
     data = recipe.data
-    named: dict[str, TextEntry | None] = {"calibration": data.calibration, "train": data.train}
-    used = {("data", name): entry for name, entry in named.items() if entry} | texts_of(recipe)
-    digests = {}
-    for keys, entry in used.items():
+    named = {"calibration": data.calibration, "train": data.train}
+    found = {}
+    for keys, entry in ({("data", name): entry for name, entry in named.items() if entry} | texts_of(recipe)).items():
         with recipe.placing(*keys):
-            digests[keys] = entry_digest(entry, recipe.resolve)
-    return make_plan(recipe, view, {name: digests["data", name] for name, entry in named.items() if entry}, digest)
+            found[keys] = look(entry)
+    return found

@@ -398,6 +398,7 @@ def test_a_plan_knows_a_text_that_is_too_short(base):
     (base / "text.txt").write_text("short")
     told = CliRunner().invoke(main, ["plan", str(base / "bad.yaml")])
     assert told.exit_code == 2, told.output
+    assert told.output.startswith(f"error: {base / 'bad.yaml'}:"), told.output
     assert "has 5 bytes, too few for" in " ".join(told.output.split())
 
 

@@ -15,7 +15,7 @@ from sparsekit.blockwise.holding import HOLDINGS
 from sparsekit.evaluation.scoring import EVALUATION_TOKENS, check_tasks
 from sparsekit.models.shapes import ModelSizes, sizes_of
 from sparsekit.models.view import ModelView
-from sparsekit.opening import open_tokenizer, open_view
+from sparsekit.opening import of_texts, open_tokenizer, open_view
 from sparsekit.planning import memory_model as memory
 from sparsekit.planning import training_memory as training
 from sparsekit.planning.disk_model import bound_notes, checkpoint_bytes, exports_bytes, step_bytes
@@ -73,9 +73,7 @@ class Estimator:
         process, started = resident_now(), time.perf_counter()
         view = open_view(recipe, empty=True)
         opening = time.perf_counter() - started
-        data = recipe.data
-        for entry in filter(None, (data.calibration, data.train, *data.evaluation.values())):
-            check_length(entry, recipe.resolve)
+        of_texts(recipe, lambda entry: check_length(entry, recipe.resolve))
         plan = make_plan(recipe, view, {}, digest=NOT_READ)
         sizes = sizes_of(view)
         return cls(recipe, view, plan, sizes, Bench(view, sizes), process, opening=opening)

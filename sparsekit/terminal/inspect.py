@@ -61,8 +61,8 @@ def layers_table(layers: Sequence[Record]) -> Table:
     called = dict(zip(names, short_names(names), strict=True))
     for (name, shape, pattern, held), members in kinds.items():
         shares = [layer["sparsity"] for layer in members]
-        low, high = min(shares), max(shares)
-        zeros = percent(low) if high - low < 5e-4 else f"{100 * low:.1f} to {percent(high)}"
+        low, high = percent(min(shares)), percent(max(shares))
+        zeros = low if low == high else f"{low[:-2]}–{high}"  # without a sign: 7B fills 80 columns
         groups, broken = (sum(layer[key] for layer in members) for key in ("groups", "violations"))
         counted = f"{broken:,} of {groups:,}" if groups else "–"
         table.add_row(called[name], str(len(members)), shape, zeros, pattern, counted, held)
