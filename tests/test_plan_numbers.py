@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -340,3 +341,16 @@ def test_files_are_read_and_written_while_another_block_is_worked_on():
     assert _overlapped(8.0, files, 4, 10**9) == pytest.approx(9.0)  # the first is read and the last written alone
     assert _overlapped(1.0, files, 4, 10**9) == pytest.approx(3.0)  # a thread reads while another one writes
     assert _overlapped(0.0, Files(constant=1.0, written=0.0, read=0.0), 4, 10**9) == pytest.approx(4.0)
+
+
+def test_what_nobody_knows_of_a_plugin_is_not_told_as_nothing(tmp_path, random_model):
+    path, plugin = tmp_path / "plan.yaml", Path(__file__).parents[1] / "plugins/ebft.py"
+    steps = '{method: magnitude, pattern: "2:4"}, {method: ebft}'
+    told = RECIPE.format(output=tmp_path / "run", model=random_model, samples=2, seq_len=32, step=steps)
+    path.write_text(f"plugins: [{plugin}]\n{told}")
+    shown = CliRunner().invoke(main, ["plan", str(path)])
+    assert shown.exit_code == 0, shown.output
+    table = {line.split()[1]: line for line in shown.output.splitlines() if re.match(r"  (\d|in all)", line)}
+    assert table["ebft"].split()[2:4] == ["not", "known"] and table["ebft"].count("not known") == 2
+    assert table["all"].count("≥") == 2 and "not known" not in table["magnitude"]
+    assert "ebft is largest" not in shown.output

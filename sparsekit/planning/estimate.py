@@ -151,6 +151,7 @@ class Estimator:
         return {
             "title": planned.title,
             "method": method.name,
+            "known": not model or training.foreseen(planned.arguments),
             "device": device.as_dict(),
             "host": host.as_dict(),
             "disk": disk + kept,
@@ -198,7 +199,7 @@ class Estimator:
         """Memory and time of a training step."""
         data, given = self.recipe.data.train, planned.arguments
         seq_len = data.seq_len if data else 1
-        if not {"tokens", "batch", "states", "masters", "checkpointing", "slorb"} <= given.keys():
+        if not training.foreseen(given):
             self.notes.append(f"{planned.title}: sparsekit knows no memory or time of this method")
             nothing = memory.Moment("unknown", [])
             return *self._split(nothing, nothing), 0.0
@@ -266,7 +267,8 @@ class Estimator:
             seconds += self._windows(entry) * entry.seq_len * (a_token * models + compared)
         if wanted.lm_eval.tasks:
             self.notes.append("the zero-shot tasks are not in the predicted time")
-        return {"title": "scoring", "device": device.as_dict(), "host": host.as_dict(), "disk": 0, "seconds": seconds}
+        peaks = {"device": device.as_dict(), "host": host.as_dict()}
+        return {"title": "scoring", "known": True, **peaks, "disk": 0, "seconds": seconds}
 
     def _windows(self, entry: TextEntry) -> int:
         """Windows of a text, guessed from the size of its files where the recipe does not say."""

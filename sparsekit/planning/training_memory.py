@@ -22,6 +22,13 @@ SAVED_WIDTHS, SAVED_OUTPUTS = 10, 1  # see `saved_for_backward`
 GATHERED = 2  # blocks of a sharded model that are whole at once: the one that computes, and the next
 REDUCED = 4  # bytes a value of the gradients that ranks add up: float32
 
+READ = {"tokens", "batch", "states", "masters", "checkpointing", "slorb"}  # of a step's parameters
+
+
+def foreseen(settings: Mapping[str, Any]) -> bool:
+    """Whether memory and time of a training step with these parameters are known; a plugin's may mean anything."""
+    return settings.keys() >= READ
+
 
 def saved_for_backward(model: ModelSizes, block: BlockSizes, tokens: int) -> int:
     """What one block keeps for its backward.

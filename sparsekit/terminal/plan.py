@@ -28,10 +28,10 @@ def print_estimate(console: Console, found: Mapping[str, Any]) -> None:
     console.print(steps_table(found))
     for part in [*found["steps"], *([found["scoring"]] if found["scoring"] else [])]:
         device = part["device"]
-        if device["parts"]:
+        if device["parts"] and part["known"]:
             console.print(f"[bold]{part['title']}[/bold] is largest while {device['moment']}:", highlight=False)
         for piece in device["parts"]:
-            if piece["bytes"]:
+            if piece["bytes"] and part["known"]:
                 line = f"{megabytes(piece['bytes']):>14}  {piece['name']}: {piece['formula']}"
                 console.print(f"    {line}", highlight=False)
     share = found["coverage"]["share"]
@@ -65,15 +65,19 @@ def steps_table(found: Mapping[str, Any]) -> Table:
         peaks = [part["device"]["bytes"], part["host"]["bytes"]][: len(titles)]
         disk = megabytes(part["disk"]) if part["disk"] else "–"
         each = " each time" if part["title"] == "scoring" else ""
-        table.add_row(part["title"], *map(megabytes, peaks), disk, duration(part["seconds"]) + each)
+        told = [*map(megabytes, peaks), disk, duration(part["seconds"]) + each]
+        if not part["known"]:
+            told = [*["not known"] * len(peaks), disk, "not known"]
+        table.add_row(part["title"], *told)
     for name, size in found["exports"].items():
-        told = f"{found['bounds'].get(name, '')} {megabytes(size)}".strip()
-        table.add_row(f"export {name}", *["–"] * len(titles), told, "–")
+        most = f"{found['bounds'].get(name, '')} {megabytes(size)}".strip()
+        table.add_row(f"export {name}", *["–"] * len(titles), most, "–")
     if found["startup"] >= 0.05:
         table.add_row("start-up", *["–"] * len(titles), "–", duration(found["startup"]) + " once")
     if found["tokens"]:
         kept, once = f"about {megabytes(found['tokens'])}", f"{duration(found['reading'])} once"
         table.add_row("texts into tokens", *["–"] * len(titles), kept, once)
-    peaks = [found["peak_device"], found["peak_host"]][: len(titles)]
-    table.add_row("in all", *map(megabytes, peaks), megabytes(found["disk"]), duration(found["seconds"]), style="bold")
+    least = "" if all(part["known"] for part in parts) else "≥ "
+    memory = [least + megabytes(size) for size in (found["peak_device"], found["peak_host"])[: len(titles)]]
+    table.add_row("in all", *memory, megabytes(found["disk"]), least + duration(found["seconds"]), style="bold")
     return table
