@@ -8,8 +8,9 @@ wrappers cannot make views of what was made in it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -40,6 +41,10 @@ class Wrapped(Tensor):
         )
         wrapped.values = values
         return wrapped
+
+    def tolist(self) -> Any:
+        """Numbers of here, as from any device; torch refuses it to wrappers."""
+        return self.values.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,5 +84,23 @@ def _inner(value: Any) -> Any:
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """The second device."""
-    with _Mode(), patch.object(torch, "inference_mode", torch.no_grad):
+
+    def made(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:  # which no mode sees
+        found = _tensor(data, **kwargs)
+        return found if device is None else found.to(device)
+
+    def recording_nothing(mode: bool = True) -> Any:
+        return torch.no_grad() if mode else nullcontext()
+
+    def run(thread: threading.Thread) -> None:  # a mode is a setting of a thread
+        with _Mode():
+            _run_thread(thread)
+
+    _tensor, _run_thread = torch.tensor, threading.Thread.run
+    with (
+        _Mode(),
+        patch.object(torch, "inference_mode", recording_nothing),
+        patch.object(torch, "tensor", made),
+        patch.object(threading.Thread, "run", run),
+    ):
         yield THERE

@@ -173,8 +173,7 @@ class Fit:
         job, batch = self.job, self.schedule.batch
         self.optimizer.zero_grad()  # before the forward: FSDP2 breaks when it stands later
         rows = job.world.share(job.tokens[windows_of(step, batch, len(job.tokens), job.seed)])
-        if job.device.type == "cuda":
-            rows = rows.pin_memory().to(job.device, non_blocking=True)
+        rows = (rows.pin_memory() if job.device.type == "cuda" else rows).to(job.device, non_blocking=True)
         if job.world.size == 1:
             sums = dict(self._sums)
             twice(lambda: self._backward(rows), lambda: self._smaller(step, len(rows), sums))
