@@ -67,14 +67,15 @@ def ebft(
         own, dense = (through(teacher, index, states, called) for states in (inputs, dense))
         block = student.module.get_submodule(path)
         kept = {name.removeprefix(f"{path}."): name for name in linears if name.startswith(f"{path}.")}
-        masks = {local: linears[name].mask for local, name in kept.items()}
-        order = batches(len(tokens), batch, epochs, seed=job.seed + index)
-        trained, error = fitted(block, masks, inputs, own.lerp(dense, share), order, called, lr)
-        for local, weight in trained.items():
-            block.get_submodule(local).weight.data.copy_(weight)
-            linears[kept[local]] = linears[kept[local]].updated(weight.cpu())
+        if kept:
+            masks = {local: linears[name].mask for local, name in kept.items()}
+            order = batches(len(tokens), batch, epochs, seed=job.seed + index)
+            trained, error = fitted(block, masks, inputs, own.lerp(dense, share), order, called, lr)
+            for local, weight in trained.items():
+                linears[kept[local]] = linears[kept[local]].updated(weight.cpu())
+                block.get_submodule(local).weight.data.copy_(linears[kept[local]].weight)
+            errors.append(error)
         inputs = through(student, index, inputs, called)
-        errors.append(error)
         job.progress((index + 1) * tokens.numel(), len(student.blocks) * tokens.numel())
     before, after = (sum(each) / len(errors) for each in zip(*errors, strict=True))
     return Trained(linears, {}, {"windows": len(tokens), "block_error_before": before, "block_error": after})
