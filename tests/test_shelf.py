@@ -367,3 +367,31 @@ def test_a_section_stands_in_the_report_escaped_and_in_the_plan(random_model, tm
 def test_a_section_that_is_none_ends_the_run_by_name(random_model, tmp_path, sections, wrong, message):
     answer = told("run", str(sectioned(tmp_path, random_model, sections, wrong)))
     assert answer.startswith("2 ") and re.search(message, " ".join(answer.split())), answer
+
+
+WORDY = '''\
+import sparsekit as sk
+
+
+@sk.linear_method("wordy", kind="prune")
+def wordy(layer, /):
+    """Say a lot.
+
+    One line,
+    and another.
+    Source: somebody
+    said so.
+
+    - a list
+    - of two
+    """
+    return layer
+'''
+
+
+def test_a_page_breaks_where_the_terminal_ends_and_tells_its_source_once(tmp_path):
+    plugin = tmp_path / "wordy.py"
+    plugin.write_text(WORDY)
+    page = CliRunner().invoke(main, ["methods", "wordy", "--plugin", str(plugin)]).output
+    assert "One line, and another.\n\nSource: somebody said so.\n\n- a list\n- of two\n" in page
+    assert page.count("somebody") == 1

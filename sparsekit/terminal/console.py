@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -206,7 +207,7 @@ def shelves_table(shelves: Iterable[Shelf[Any]]) -> Table:
 def shelf_page(noun: str, thing: Named) -> Group:
     """One of them: what its author says, and where it comes from."""
     head = Text.assemble((thing.name, "bold"), f"  {noun}\n")
-    return Group(head, Text((thing.doc or "").strip()), Text(f"\nLoaded from {thing.origin.place}"))
+    return Group(head, Text(_flowing((thing.doc or "").strip())), Text(f"\nLoaded from {thing.origin.place}"))
 
 
 def method_page(method: Method) -> Group:
@@ -220,8 +221,13 @@ def method_page(method: Method) -> Group:
     works = {"linear": "one linear at a time", "group": "one group of linears at a time", "model": "the whole model"}
     scope = works.get(method.scope, "all layers of a step")
     head = Text.assemble((method.name, "bold"), f"  {method.kind}, works on {scope}\n")
-    source = f"\nSource: {method.source}" if method.source else ""
-    return Group(head, Text(method.text + "\n"), table, Text(f"{source}\nLoaded from {method.origin}"))
+    return Group(head, Text(_flowing(method.text) + "\n"), table, Text(f"\nLoaded from {method.origin}"))
+
+
+def _flowing(doc: str) -> str:
+    """A docstring whose paragraphs break where the terminal ends; lists and what is indented stay as they are."""
+    paragraphs = re.split(r"\n\n+|\n(?=[A-Z]\w+: )", doc)  # "Source: " may follow a line at once
+    return "\n\n".join(text if re.search(r"^[\s\-*]", text, re.M) else " ".join(text.split()) for text in paragraphs)
 
 
 def outcomes_table(title: str, outcomes: Iterable[Outcome]) -> Table:
