@@ -350,7 +350,7 @@ def test_what_nobody_knows_of_a_plugin_is_not_told_as_nothing(tmp_path, random_m
     path.write_text(f"plugins: [{plugin}]\n{told}")
     shown = CliRunner().invoke(main, ["plan", str(path)])
     assert shown.exit_code == 0, shown.output
-    table = {line.split()[1]: line for line in shown.output.splitlines() if re.match(r"  (\d|in all)", line)}
+    table = {line.split()[1]: line for line in shown.output.splitlines() if re.match(r" +(\d|in all)", line)}
     assert table["ebft"].split()[2:4] == ["not", "known"] and table["ebft"].count("not known") == 2
     assert table["all"].count("≥") == 2 and "not known" not in table["magnitude"]
     assert "ebft is largest" not in shown.output

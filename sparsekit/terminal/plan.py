@@ -55,8 +55,8 @@ def layers_table(found: Mapping[str, Any]) -> Table:
 
 def steps_table(found: Mapping[str, Any]) -> Table:
     """Memory, disk and time."""
-    table = Table(title="Predicted", box=None, padding=(0, 2), title_justify="left")
-    table.add_column("")
+    table = Table(title="Predicted", box=None, padding=(0, 1), title_justify="left")
+    table.add_column("", no_wrap=True)
     titles = ["peak device", "peak host"] if found["device"] != "cpu" else ["peak memory"]
     for title in (*titles, "disk", "time"):
         table.add_column(title, justify="right")
