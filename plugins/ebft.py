@@ -14,12 +14,11 @@ import sparsekit as sk
 from sparsekit.errors import MethodError
 from sparsekit.models.blocks import BlockModel, Call
 from sparsekit.training.loop import Trained, TrainJob
+from sparsekit.training.schedule import Schedule
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-WARM_UP = 0.05  # of a block's steps
-LAST_RATE = 0.1  # of the rate, at the end of the cosine
 BETAS = (0.9, 0.95)
 
 
@@ -140,7 +139,7 @@ def fitted(
         [{"params": [weight], "lr": lr * float(weight.detach().square().mean().sqrt())} for weight in weights.values()],
         betas=BETAS, fused=target.is_cuda,
     )  # fmt: skip
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(order)))
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(len(order), max(calls), lr=1.0).lr_at)
     scale = (target.float() - inputs.float()).square().mean()
     losses = []
     for chosen in order:
@@ -159,12 +158,3 @@ def fitted(
     once = math.ceil(len(inputs) / max(calls))
     first, last = (float(torch.stack(some).sum()) / len(inputs) for some in (losses[:once], losses[-once:]))
     return {name: weight.detach() for name, weight in weights.items()}, (first, last)
-
-
-def rate(step: int, steps: int) -> float:
-    """Share of the learning rate at a step counted from 0: up for the first steps, down by a cosine."""
-    warm = max(1, round(WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2

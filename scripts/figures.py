@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def ast_quantized() -> str:
         grid += f", lr {arm['lr']:g}" if "lr" in arm else ""  # another than the default
         bits = arm["bits_per_weight"]
         lines.append(
-            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {_of_runs(arm)} "
+            f"| {grid} | {arm['pattern']} | {arm['tokens'] / 1e6:.1f} M | {_of_runs(arm['runs'])} "
             f"| {arm['perplexity'] - found['dense']:+.2f} | {bits:.2f} | {32 / bits:.1f} × |"
         )
     return "\n".join(lines) + "\n"
@@ -160,11 +160,10 @@ def quantized_arms() -> list[dict[str, Any]]:
     return arms
 
 
-def _of_runs(arm: Mapping[str, Any]) -> str:
+def _of_runs(runs: Sequence[float]) -> str:
     """A perplexity; of several runs their mean and what they lie between."""
-    runs = arm["runs"]
     several = f" ({min(runs):.2f} to {max(runs):.2f}, {len(runs)} runs)" if runs[1:] else ""
-    return f"{arm['perplexity']:.2f}{several}"
+    return f"{statistics.fmean(runs):.2f}{several}"
 
 
 def _grid(arm: Mapping[str, Any]) -> str:
@@ -193,9 +192,7 @@ def front() -> str:
     )
     lines = ["| | linears | smaller than FP32 | valid |", "|---|---|---|---|"]
     for point in sorted(points, key=lambda point: point.times):
-        lines.append(
-            f"| {point.name} | {point.kind} | {point.times:.1f} × | {point.told or f'{point.perplexity:.2f}'} |"
-        )
+        lines.append(f"| {point.name} | {point.kind} | {point.times:.1f} × | {_of_runs(point.runs)} |")
     return f'<div class="chart">{chart}</div>\n\n' + "\n".join(lines) + "\n"
 
 
@@ -207,20 +204,18 @@ class Small:
         name: For a row of the table.
         kind: One of `KINDS`.
         times: Smaller than FP32.
-        perplexity: On the valid text.
-        told: The perplexity in words, where it is of several runs.
+        runs: Perplexity of each on the valid text.
     """
 
     name: str
     kind: str
     times: float
-    perplexity: float
-    told: str = ""
+    runs: Sequence[float]
 
     def drawn(self) -> Point:
         """In the picture, which has little room."""
         label = self.name.removeprefix("trained ").replace("a step a row", "row steps")
-        return Point(self.times, self.perplexity, label=label)
+        return Point(self.times, statistics.fmean(self.runs), label=label)
 
 
 def _front() -> list[Small]:
@@ -228,10 +223,10 @@ def _front() -> list[Small]:
     scales, places = 16 / 128, 2 / 3
     named = {row["name"]: row["final"]["valid"]["perplexity"] for row in measured("base_h100")}
     sparse = 2 + places + scales  # 4 bits for half of the weights
-    points = [Small("dense, bf16", KINDS[0], 2.0, measured("ast_quantized")["dense"])]
+    points = [Small("dense, bf16", KINDS[0], 2.0, [measured("ast_quantized")["dense"]])]
     for title, bits in (("gptq-int4", 4), ("gptq-int3", 3)):
-        points.append(Small(title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), named[title]))
-    points.append(Small("AST, then GPTQ int4", KINDS[1], 32 / sparse, named["ast-gptq4-base"]))
+        points.append(Small(title.replace("gptq-", "GPTQ "), KINDS[0], 32 / (bits + scales), [named[title]]))
+    points.append(Small("AST, then GPTQ int4", KINDS[1], 32 / sparse, [named["ast-gptq4-base"]]))
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for arm in quantized_arms():
         if arm["perplexity"] < LOST:
@@ -239,10 +234,10 @@ def _front() -> list[Small]:
             best[key] = min(best.get(key, arm), arm, key=lambda each: each["perplexity"])
     for (pattern, grid, tokens), arm in best.items():
         kind = KINDS[1] if pattern == "2:4" else KINDS[0]
-        title, found = f"trained {grid}, {tokens} M", (arm["perplexity"], _of_runs(arm))
-        points.append(Small(title, kind, 32 / arm["bits_per_weight"], *found))
+        title = f"trained {grid}, {tokens} M"
+        points.append(Small(title, kind, 32 / arm["bits_per_weight"], arm["runs"]))
         if arm["coded"]:
-            points.append(Small(f"{title}, coded", kind, 32 / arm["coded"], *found))
+            points.append(Small(f"{title}, coded", kind, 32 / arm["coded"], arm["runs"]))
     return points
 
 

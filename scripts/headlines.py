@@ -58,10 +58,9 @@ def base_figures() -> str:
 def headline(folder: str = "") -> str:
     """What to expect, for the front page and the README: perplexity and size of models/base; pages are in `folder`."""
     runs, dense = _base()
-    read = {name: measured(name) for name in ("plugins_h200", "ast_ablation")}
-    arms = next(result["arms"] for result in read["plugins_h200"] if result["comparison"] == "tuned")
+    arms = next(result["arms"] for result in measured("plugins_h200") if result["comparison"] == "tuned")
     tuned = {arm["arm"]: arm["final"]["valid"]["perplexity"] for arm in arms}
-    longer = min(_longest(read["ast_ablation"]["arms"]))
+    longer = min(_longest(measured("ast_ablation")["arms"]))
     trained = [arm for arm in figures.quantized_arms() if arm["pattern"] == "2:4"]
     together = [min((arm for arm in trained if arm["bits"] == bits), key=_valid) for bits in (4, 3, 2)]
     sizes = {point.name: point.times for point in figures._front()}

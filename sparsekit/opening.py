@@ -43,10 +43,10 @@ def plan_for(recipe: Recipe, view: ModelView, digest: str | None = None) -> Plan
 
 def of_texts(recipe: Recipe, look: Callable[[TextEntry], T]) -> dict[tuple[str, ...], T]:
     """What is to be known of every text that a step or an evaluation may read, by its keys; errors tell their lines."""
-    data = recipe.data
-    named = {"calibration": data.calibration, "train": data.train}
+    named = {("data", "calibration"): recipe.data.calibration, ("data", "train"): recipe.data.train}
+    every = {keys: entry for keys, entry in named.items() if entry} | texts_of(recipe)
     found = {}
-    for keys, entry in ({("data", name): entry for name, entry in named.items() if entry} | texts_of(recipe)).items():
+    for keys, entry in every.items():
         with recipe.placing(*keys):
             found[keys] = look(entry)
     return found

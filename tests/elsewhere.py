@@ -2,8 +2,8 @@
 
 Under `elsewhere()` whatever is created on or sent to the device `meta` keeps its values on the CPU inside
 a wrapper. An operation on tensors of both devices fails as it does between CUDA and the CPU; so does a
-random number drawn there from a generator of here. Meanwhile `torch.inference_mode` is `torch.no_grad`:
-wrappers cannot make views of what was made in it.
+random number drawn there from a generator of here. So it is in threads that start meanwhile. `torch.inference_mode`
+is `torch.no_grad` then: wrappers cannot make views of what was made in it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def elsewhere() -> Iterator[torch.device]:
     """The second device."""
 
     def made(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:  # which no mode sees
-        found = _tensor(data, **kwargs)
+        found = true_tensor(data, **kwargs)
         return found if device is None else found.to(device)
 
     def recording_nothing(mode: bool = True) -> Any:
@@ -94,9 +94,9 @@ def elsewhere() -> Iterator[torch.device]:
 
     def run(thread: threading.Thread) -> None:  # a mode is a setting of a thread
         with _Mode():
-            _run_thread(thread)
+            true_run(thread)
 
-    _tensor, _run_thread = torch.tensor, threading.Thread.run
+    true_tensor, true_run = torch.tensor, threading.Thread.run
     with (
         _Mode(),
         patch.object(torch, "inference_mode", recording_nothing),

@@ -48,24 +48,17 @@ RUNS = {  # steps, formats, memory mode
 }
 
 
-def skeleton_of_here(*given):
-    """The empty model, whose parameters are on the true `meta`."""
-    with _disable_current_modes():
-        return true_skeleton(*given)
-
-
-true_skeleton = view.skeleton
-
-
 @pytest.fixture
 def second_device(monkeypatch):
     """A model is opened there, with what is chosen by a device's type as on CUDA where it is about correctness."""
-    for module, name in (
-        (activations, "MICRO_BATCH_TOKENS"),
-        (scoring, "EVALUATION_TOKENS"),
-        (schedule, "MICRO_BATCH_TOKENS"),
-    ):
-        monkeypatch.setitem(getattr(module, name), THERE.type, 64)
+    skeleton = view.skeleton
+
+    def skeleton_of_here(*given):  # its parameters are on the true `meta`
+        with _disable_current_modes():
+            return skeleton(*given)
+
+    for tokens in (activations.MICRO_BATCH_TOKENS, scoring.EVALUATION_TOKENS, schedule.MICRO_BATCH_TOKENS):
+        monkeypatch.setitem(tokens, THERE.type, 64)
     monkeypatch.setattr(activations, "QUICK", (THERE.type,))
     monkeypatch.setattr(view, "device_of", lambda *given: THERE)
     monkeypatch.setattr(view, "skeleton", skeleton_of_here)

@@ -21,7 +21,6 @@ from sparsekit.training.schedule import MICRO_BATCH_TOKENS
 SAVED_WIDTHS, SAVED_OUTPUTS = 10, 1  # see `saved_for_backward`
 GATHERED = 2  # blocks of a sharded model that are whole at once: the one that computes, and the next
 REDUCED = 4  # bytes a value of the gradients that ranks add up: float32
-
 READ = {"tokens", "batch", "states", "masters", "checkpointing", "slorb"}  # of a step's parameters
 
 

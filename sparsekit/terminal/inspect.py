@@ -62,7 +62,7 @@ def layers_table(layers: Sequence[Record]) -> Table:
     for (name, shape, pattern, held), members in kinds.items():
         shares = [layer["sparsity"] for layer in members]
         low, high = percent(min(shares)), percent(max(shares))
-        zeros = low if low == high else f"{low[:-2]}–{high}"  # without a sign: 7B fills 80 columns
+        zeros = low if low == high else f"{100 * min(shares):.1f}–{high}"  # one sign: 7B fills 80 columns
         groups, broken = (sum(layer[key] for layer in members) for key in ("groups", "violations"))
         counted = f"{broken:,} of {groups:,}" if groups else "–"
         table.add_row(called[name], str(len(members)), shape, zeros, pattern, counted, held)

@@ -27,11 +27,13 @@ def print_estimate(console: Console, found: Mapping[str, Any]) -> None:
     console.print(layers_table(found))
     console.print(steps_table(found))
     for part in [*found["steps"], *([found["scoring"]] if found["scoring"] else [])]:
+        if not part["known"]:
+            continue
         device = part["device"]
-        if device["parts"] and part["known"]:
+        if device["parts"]:
             console.print(f"[bold]{part['title']}[/bold] is largest while {device['moment']}:", highlight=False)
         for piece in device["parts"]:
-            if piece["bytes"] and part["known"]:
+            if piece["bytes"]:
                 line = f"{megabytes(piece['bytes']):>14}  {piece['name']}: {piece['formula']}"
                 console.print(f"    {line}", highlight=False)
     share = found["coverage"]["share"]

@@ -399,18 +399,25 @@ def test_the_order_of_channels_is_near_the_best_of_all(pattern):
     assert won > 0.7 * possible
 
 
+def trained_steps(output, model, plugins, steps, samples=8):
+    """What the report of a run says of its steps, which may read a training text."""
+    train = f"  train: {{{{path: builtin:train, seq_len: 32, samples: {samples}}}}}\n  evaluation:"
+    files = ", ".join(str(PLUGINS / f"{name}.py") for name in plugins)
+    path = output.with_suffix(".yaml")
+    text = RECIPE.replace("  evaluation:", train)
+    path.write_text(text.format(output=output, plugin=files, model=model, steps=steps))
+    result = CliRunner().invoke(main, ["run", str(path)])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads((output / "report.json").read_text())["steps"]
+
+
 def test_permuting_changes_nothing_but_what_a_pattern_keeps(tmp_path, random_model):
     steps = '{method: permute}, {method: ria, pattern: "2:4"}, {method: pcg}'
     plain = '{method: ria, pattern: "2:4"}'
-    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 8}}\n  evaluation:")
-    files = ", ".join(str(PLUGINS / f"{name}.py") for name in ("permute", "ria", "alps"))
-    kept = {}
-    for name, chosen in (("permuted", steps), ("plain", plain)):
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(text.format(output=tmp_path / name, plugin=files, model=random_model, steps=chosen))
-        result = CliRunner().invoke(main, ["run", str(path)])
-        assert result.exit_code == 0, result.output + str(result.exception)
-        kept[name] = json.loads((tmp_path / name / "report.json").read_text())["steps"]
+    kept = {
+        name: trained_steps(tmp_path / name, random_model, ("permute", "ria", "alps"), chosen)
+        for name, chosen in (("permuted", steps), ("plain", plain))
+    }
     first = kept["permuted"][0]
     before, after = (first[key]["heldout"]["perplexity"] for key in ("before", "perplexity"))
     assert after == pytest.approx(before, rel=1e-4)
@@ -431,13 +438,8 @@ def test_permuting_changes_nothing_but_what_a_pattern_keeps(tmp_path, random_mod
 
 
 def test_after_training_the_dense_reference_is_what_training_left(tmp_path, random_model):
-    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 8}}\n  evaluation:")
     steps = '{method: ast, pattern: "2:4", tokens: 256, batch: 2, micro_batch: 2}, {method: pcg}'
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text.format(output=tmp_path / "run", plugin=PLUGINS / "alps.py", model=random_model, steps=steps))
-    result = CliRunner().invoke(main, ["run", str(path)])
-    assert result.exit_code == 0, result.output + str(result.exception)
-    _, repaired = json.loads((tmp_path / "run" / "report.json").read_text())["steps"]
+    _, repaired = trained_steps(tmp_path / "run", random_model, ("alps",), steps)
     assert max(each["error"] for each in repaired["layers"]) < 1e-9  # nothing to repair: it is its own reference
     assert repaired["violations"] == 0 and repaired["groups"] > 0
 
@@ -480,7 +482,7 @@ def test_every_epoch_has_all_windows_and_rates_end_at_a_tenth():
     assert [len(part) for part in order] == [4, 4, 2] * 3
     for epoch in range(3):
         assert sorted(torch.cat(order[3 * epoch : 3 * epoch + 3]).tolist()) == list(range(10))
-    rates = [functions["rate"](step, 100) for step in range(100)]
+    rates = [functions["Schedule"](100, 4, lr=1.0).lr_at(step) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] == pytest.approx(0.1, abs=1e-3)
 
@@ -495,13 +497,8 @@ def test_block_wise_training_has_no_other_teacher():
 
 
 def test_block_wise_training_keeps_masks_and_what_was_left_out(tmp_path, random_model):
-    text = RECIPE.replace("  evaluation:", "  train: {{path: builtin:train, seq_len: 32, samples: 10}}\n  evaluation:")
     ignored = '{method: wanda, pattern: "2:4"}, {method: ebft, batch: 4, ignore: ["*.down_proj", "model.layers.0.*"]}'
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text.format(output=tmp_path / "run", plugin=PLUGINS / "ebft.py", model=random_model, steps=ignored))
-    result = CliRunner().invoke(main, ["run", str(path)])
-    assert result.exit_code == 0, result.output + str(result.exception)
-    _, tuned = json.loads((tmp_path / "run/report.json").read_text())["steps"]
+    _, tuned = trained_steps(tmp_path / "run", random_model, ("ebft",), ignored, samples=10)
     assert tuned["violations"] == 0 and tuned["groups"] > 0
     assert tuned["training"]["block_error"] < tuned["training"]["block_error_before"]
     stores = [StepStore(directory, torch.float32) for directory in sorted((tmp_path / "run/steps").iterdir())]
